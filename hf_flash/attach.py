@@ -1,0 +1,321 @@
+"""Putting a model on flash: plan, swap the blocks, open the checkpoint, connect.
+
+`swap` works on the meta device, before any weight is loaded; `connect` runs once the resident weights are there.
+Between the two transformers loads what is left of the model as it always does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
+from hf_flash.cache import NeuronCache
+from hf_flash.checkpoint import Located, unique_parameters
+from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
+from hf_flash.engine import GATE_TOKENS, SparseEngine, SweepEngine, WorkBuffers
+from hf_flash.errors import CheckpointError, FlashConfigError
+from hf_flash.families import FFNBlock, get_activation, install, zero_below
+from hf_flash.ffn import FlashFFN
+from hf_flash.format import TensorFile, read_header
+from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
+from hf_flash.layout import BundleLayout, format_size
+from hf_flash.linear import FlashEmbedding, FlashLinear
+from hf_flash.readers import open_reader
+from hf_flash.stats import FlashStats
+from hf_flash.store import DTYPES, Extent2D, FlashStore
+from hf_flash.stream import Stream
+
+logger = logging.get_logger(__name__)
+
+GATES_KEY = "hf_flash.gates"
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What the plan needs to know of an FFN on flash."""
+
+    layout: BundleLayout
+    n_neurons: int
+    sketch_bits: int  # 0: no sketch
+
+
+class FlashRuntime:
+    """Everything that a model on flash owns besides its modules; shared by copies of the model.
+
+    Attributes:
+        config, plan, stats: as the user sees them.
+        store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
+        located: where the resident tensors lie.
+    """
+
+    def __init__(self, config: FlashConfig, plan: Plan, blocks: list[FFNBlock], located: Located | None) -> None:
+        self.config, self.plan, self.blocks, self.located = config, plan, blocks, located
+        self.stats = FlashStats(plan=plan.to_dict())
+        self.files: dict[str, Path] = {}
+        self.gates_file: Path | None = None
+        self.store: FlashStore | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlashRuntime:
+        return self
+
+
+def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str, Geometry]:
+    """Geometry by module path, from the headers of a flash checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or torn.
+    """
+    kinds = json.loads(read_header(gates_file).metadata.get(GATES_KEY, "{}")) if gates_file else {}
+    out = {}
+    for path in files.values():
+        for layer in json.loads(read_header(path).metadata.get("hf_flash.layers", "{}")).values():
+            layout = BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]])
+            bits = kinds.get(layer["module"], {}).get("bits", 0)
+            out[layer["module"]] = Geometry(layout, layer["n_neurons"], bits)
+    return out
+
+
+def match_geometry(blocks: list[FFNBlock], geometry: Mapping[str, Geometry], where: str) -> None:
+    """Refuse a flash checkpoint that is not this model's.
+
+    Raises:
+        CheckpointError: a block has no bundles, or bundles of another shape.
+    """
+    for block in blocks:
+        found = geometry.get(block.path)
+        want = (block.d_model, block.d_out, block.gate is not None, block.d_ffn)
+        have = None if found is None else (found.layout.d_model, found.layout.d_out, found.layout.gated, found.n_neurons)
+        if have != want:
+            what = "no bundles" if have is None else f"bundles of another shape ({have}, expected {want})"
+            raise CheckpointError(
+                f"{where} has {what} for {block.path} ({block.block_class}): flash files and config.json do not belong "
+                "together. Repack the checkpoint."
+            )
+
+
+def demand_of(
+    model: PreTrainedModel, blocks: list[FFNBlock], geometry: Mapping[str, Geometry], config: FlashConfig,
+    located: Located | None,
+) -> Demand:  # fmt: skip
+    """What a model asks for, from its structure alone; it may be on the meta device.
+
+    Raises:
+        FlashConfigError: gate `certified` was asked for and cannot be had.
+    """
+    size = model.dtype.itemsize
+    ffn_keys = {part.key for b in blocks for part in (b.gate, b.up, b.down) if part is not None}
+    matrices = _matrices(model, ffn_keys, located)
+    movable = {f"{m.path}.weight" for m in matrices}
+    fixed = sum(
+        p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in ffn_keys and n not in movable
+    ) + sum(b.numel() * b.element_size() for b in model.buffers())
+    text = model.config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    context = config.context or min(DEFAULT_CONTEXT, limit)
+    tokens = context * config.batch_size
+    layers = [_layer(model, block, geometry[block.path], config, size) for block in blocks]
+    widest = max(b.d_ffn for b in blocks)
+    d_model = max(b.d_model for b in blocks)
+    vocab = getattr(text, "vocab_size", 0) or 0
+    activations = tokens * (8 * d_model + widest) * size + min(tokens, 256) * widest * 8
+    activations += 2 * config.batch_size * vocab * 4
+    return Demand(
+        fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
+        activation_bytes=activations, tokenizer_bytes=vocab * 300, max_tokens=tokens, context=context,
+        batch_size=config.batch_size,
+    )  # fmt: skip
+
+
+def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashConfig, size: int) -> Layer:
+    layout, n = geometry.layout, geometry.n_neurons
+    can = zero_below(get_activation(model, block)) is not None
+    if config.gate == "certified" and not (can and geometry.sketch_bits):
+        why = (
+            f"{block.path} has an activation that is not zero below a threshold (SiLU and GELU are not)"
+            if not can
+            else f"the checkpoint has no sketch for {block.path}"
+        )
+        raise FlashConfigError(f"gate='certified' cannot be had: {why}. Use gate='all' or leave it 'auto'.")
+    certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
+    scratch = GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8
+    return Layer(
+        block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
+        sketch_bytes(n, layout.d_model, geometry.sketch_bits) if certified else 0, scratch if certified else 0,
+    )  # fmt: skip
+
+
+def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | None) -> list[Matrix]:
+    """Matrices that may be streamed: stored as they are, stock classes, tied to nothing."""
+    if located is None:
+        return []
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    tied |= set((getattr(model, "all_tied_weights_keys", {}) or {}).values())
+    head, out = [], []
+    for path, module in model.named_modules():
+        key = f"{path}.weight"
+        entry = located.by_param.get(key)
+        if type(module) not in (nn.Linear, nn.Embedding) or key in ffn_keys | tied or entry is None:
+            continue
+        if entry.dtype not in DTYPES or tuple(module.weight.shape) != entry.shape:
+            continue
+        row = entry.n_bytes // entry.shape[0]
+        n_bytes = module.weight.numel() * module.weight.element_size()
+        if module is model.get_input_embeddings() and type(module) is nn.Embedding:
+            out.append(Matrix(path, n_bytes, True, row))
+        elif type(module) is nn.Linear and module is model.get_output_embeddings():
+            head.append(Matrix(path, n_bytes, False, row))
+        elif type(module) is nn.Linear and re.search(r"\.\d+\.", path):
+            out.append(Matrix(path, n_bytes, False, row))
+    return head + out
+
+
+def _kv_bytes(text: Any, size: int) -> int:
+    """Bytes of KV cache per token of one sequence."""
+    n_layers = getattr(text, "num_hidden_layers", 0) or 0
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    hidden = getattr(text, "hidden_size", 0) or 0
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    return int(2 * n_layers * kv_heads * head_dim * size) * (2 if getattr(text, "is_encoder_decoder", False) else 1)
+
+
+def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) -> None:
+    """Replace the FFN blocks, and the matrices that the plan streams, by modules without weights.
+
+    Args:
+        model: stock structure, on meta (from_pretrained) or loaded (patch).
+        blocks: what find_blocks found in it.
+        runtime: holds the plan; becomes reachable as `model._hf_flash`.
+    """
+    state = {name: p for name, p in model.named_parameters()}
+    patterns = []
+    for block in blocks:
+        parts = [part for part in (block.gate, block.up, block.down) if part is not None]
+        biases = {part.bias: state[part.bias] for part in parts if part.bias}
+        ffn = FlashFFN(block, get_activation(model, block), biases, state[block.up.key].dtype)
+        install(model, block, ffn)
+        patterns += [re.escape(part.key) for part in parts]
+    for path in runtime.plan.streamed:
+        parent, _, leaf = path.rpartition(".")
+        stock = model.get_submodule(path)
+        new = FlashLinear(stock) if isinstance(stock, nn.Linear) else FlashEmbedding(stock)  # type: ignore[arg-type]
+        setattr(model.get_submodule(parent), leaf, new)
+        patterns.append(re.escape(f"{path}.weight"))
+    ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    suffixes = {re.escape(strip) for p in patterns for strip in [_without_prefix(model, p)]}
+    model._keys_to_ignore_on_load_unexpected = ignore | {f"^{p}$" for p in patterns} | {f"^{p}$" for p in suffixes}
+    model._hf_flash = runtime  # type: ignore[assignment]
+
+
+def _without_prefix(model: PreTrainedModel, pattern: str) -> str:
+    prefix = re.escape(getattr(model, "base_model_prefix", "") + ".")
+    return re.sub(r"\\(.)", r"\1", pattern.removeprefix(prefix))
+
+
+def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
+    """Open the flash checkpoint and give every swapped module its engine.
+
+    Raises:
+        CheckpointError: a file is missing, torn or truncated.
+    """
+    config, plan, stats = runtime.config, runtime.plan, runtime.stats
+    reader = open_reader(n_threads=config.n_threads)
+    runtime.store = store = FlashStore(runtime.files, reader)
+    stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
+    work = WorkBuffers()
+    sketches = _Sketches(runtime.gates_file)
+    for path, module in model.named_modules():
+        if isinstance(module, FlashFFN):
+            layer = store.layers[module.block.path]
+            if plan.gates[layer.path] == "all":
+                rows = plan.pinned_rows[layer.path]
+                module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens)
+            else:
+                threshold = zero_below(module.act) or 0.0
+                gate = CertifiedGate(sketches.load(layer.path), config.delta, threshold, layer.layout.dtype)
+                cache = NeuronCache(store, layer, max(1, plan.slots[layer.path]), config.window, stats)
+                batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
+                module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
+            if layer.index == 0:
+                module.stats = stats
+        elif isinstance(module, (FlashLinear, FlashEmbedding)):
+            _connect_matrix(module, path, runtime, stream)
+    logger.info(
+        f"hf_flash: {len(store.layers)} FFN layers on flash, memory {format_size(plan.memory)}, of which "
+        f"{format_size(plan.parts['FFN cache'])} for FFN weights; gates {sorted(set(plan.gates.values()))}."
+    )
+
+
+def _connect_matrix(module: FlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:
+    assert runtime.located is not None and runtime.store is not None
+    entry = runtime.located.by_param[f"{path}.weight"]
+    reader = runtime.store.reader
+    rows = Extent2D(entry.name, reader.open(entry.path), entry.start, entry.shape[0], entry.n_bytes // entry.shape[0])
+    if isinstance(module, FlashLinear):
+        module.connect(stream, rows, DTYPES[entry.dtype])
+    else:
+        module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
+
+
+class _Sketches:
+    """gates.safetensors, read sketch by sketch into anonymous memory."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: TensorFile | None = read_header(path) if path else None
+        self._kinds = json.loads(self._file.metadata.get(GATES_KEY, "{}")) if self._file else {}
+
+    def load(self, path: str) -> Sketch:
+        assert self._file is not None
+        tensors = {}
+        with open(self._file.path, "rb", buffering=0) as file:
+            for name, dtype in (
+                ("codes", torch.uint8), ("step", torch.bfloat16), ("error", torch.bfloat16), ("norm", torch.float32),
+            ):  # fmt: skip
+                entry = self._file.entries[f"{path}.sketch.{name}"]
+                out = torch.empty(entry.n_bytes, dtype=torch.uint8)
+                file.seek(entry.start)
+                if file.readinto(memoryview(out.numpy())) != entry.n_bytes:
+                    raise CheckpointError(f"{self._file.path} ended inside {entry.name}. Fetch it again.")
+                tensors[name] = out.view(dtype).view(entry.shape)
+        kind = self._kinds[path]
+        return Sketch(bits=kind["bits"], d_model=kind["d_model"], **tensors)
+
+
+def make_resident(model: PreTrainedModel) -> None:
+    """Copy every parameter and buffer that is a view of a mapped file into anonymous memory, shared ones once.
+
+    Mapped pages are evictable: under a cap they thrash, and the kernel charges them where it likes.
+    """
+    copies: dict[tuple[object, ...], torch.Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.data.clone()
+        tensor.data = copies[key]
+
+
+def plan_for(
+    model: PreTrainedModel, blocks: list[FFNBlock], geometry: Mapping[str, Geometry], config: FlashConfig,
+    located: Located | None,
+) -> Plan:  # fmt: skip
+    """Demand and cap to plan.
+
+    Raises:
+        MemoryCapError: the cap is too small; names the smallest that would do.
+    """
+    return make_plan(demand_of(model, blocks, geometry, config, located), config.cap())
+
+
+assert MAX_CHUNK_BYTES % 4096 == 0

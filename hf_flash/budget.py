@@ -1,0 +1,247 @@
+"""Bytes of DRAM, and who has them: the plan that is made before any weight is loaded.
+
+Order of claims when memory is short: what every token needs anyway (norms, biases, buffers, KV cache), then resident
+matrices, then gates, then cache rows; what is left pins whole layers. A byte that is pinned saves one read per token
+whatever matrix it belongs to, except for an input embedding, of which a token needs one row: that goes to flash first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from hf_flash.errors import MemoryCapError
+from hf_flash.layout import format_size, round_up
+
+MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
+N_BUFFERS = 4
+RUNTIME_BYTES = 24 << 20  # threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only."""
+
+    path: str
+    n_bytes: int
+    lookup: bool = False
+    row_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """An FFN layer: bytes of a row, bytes of its matrices without padding, of its sketch (0: gate `all`)."""
+
+    path: str
+    n_neurons: int
+    row_bytes: int
+    matrix_bytes: int
+    down_bytes: int  # the down matrix in the dtype of the computation
+    sketch_bytes: int
+    gate_scratch_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a model asks for.
+
+    Attributes:
+        fixed_bytes: parameters and buffers that always stay in DRAM.
+        matrices: resident matrices that may be streamed.
+        layers: the FFNs.
+        kv_bytes: KV cache for the planned context and batch.
+        activation_bytes: largest activations of a pass.
+        tokenizer_bytes: what the tokenizer's tables take.
+        max_tokens: tokens of the longest pass that is planned for.
+    """
+
+    fixed_bytes: int
+    matrices: Sequence[Matrix]
+    layers: Sequence[Layer]
+    kv_bytes: int
+    activation_bytes: int
+    tokenizer_bytes: int = 0
+    max_tokens: int = 1
+    context: int = 1
+    batch_size: int = 1
+
+
+@dataclasses.dataclass
+class Plan:
+    """Who has what.
+
+    Attributes:
+        memory: the cap, bytes.
+        parts: name -> bytes; they sum to at most `memory`.
+        gates: FFN path -> "all" or "certified".
+        pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
+        slots: FFN path -> slots (gate `certified`).
+        streamed: paths of the matrices that are streamed.
+        bytes_per_token: bytes that a decoded token must read from flash at most (gate `all`; cold cache otherwise).
+        chunk_bytes, n_buffers, batch_rows, max_tokens: sizes of the stream and the scratch.
+    """
+
+    memory: int
+    parts: dict[str, int]
+    gates: dict[str, str]
+    pinned_rows: dict[str, int]
+    slots: dict[str, int]
+    streamed: list[str]
+    bytes_per_token: int
+    chunk_bytes: int
+    n_buffers: int
+    max_tokens: int
+    context: int
+    batch_size: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts."""
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**dataclasses.asdict(self), "total_bytes": self.total_bytes}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
+
+def make_plan(demand: Demand, memory: int) -> Plan:
+    """Divide `memory` among a model's claims.
+
+    Args:
+        demand: what the model asks for.
+        memory: the cap in bytes.
+
+    Raises:
+        MemoryCapError: it cannot be done; the message names the smallest cap that would do.
+    """
+    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 64 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
+    while True:
+        plan = _divide(demand, memory, chunk)
+        if plan is not None:
+            return plan
+        if chunk == MIN_CHUNK_BYTES:
+            break
+        chunk //= 2 if chunk > MIN_CHUNK_BYTES else 1
+        chunk = max(chunk, MIN_CHUNK_BYTES)
+    smallest = smallest_cap(demand)
+    hint = ""
+    if demand.kv_bytes + demand.activation_bytes > smallest // 3:
+        spent = format_size(demand.kv_bytes + demand.activation_bytes)
+        hint = f" A shorter context needs less: {demand.context} tokens take {spent} of it; pass context=256, say."
+    raise MemoryCapError(
+        f"memory={format_size(memory)} is too small for this model. The smallest cap that would do is "
+        f"{format_size(smallest)}: pass memory={smallest}.{hint} `hf-flash plan MODEL` shows who needs what."
+    )
+
+
+def smallest_cap(demand: Demand) -> int:
+    """The smallest cap for which there is a plan, bytes, rounded up to a MiB."""
+    low, high = 0, 1 << 50
+    while high - low > 1 << 16:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _divide(demand, middle, MIN_CHUNK_BYTES) is not None else (middle, high)
+    return round_up(high, 1 << 20)
+
+
+def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
+    """The plan that streams the least: nothing if all fits, else embeddings, then matrices, last layers first."""
+    certified = [layer for layer in demand.layers if layer.sketch_bytes]
+    sweeps = [layer for layer in demand.layers if not layer.sketch_bytes]
+    parts = {
+        "always resident": demand.fixed_bytes,
+        "KV cache": demand.kv_bytes,
+        "activations": demand.activation_bytes,
+        "tokenizer": demand.tokenizer_bytes,
+        "runtime": RUNTIME_BYTES,
+        "gates": sum(layer.sketch_bytes for layer in certified),
+        "batches": _batch_bytes(certified, chunk) if certified else 0,
+        "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
+    }
+    spare = memory - sum(parts.values())
+    ffn = sum(layer.matrix_bytes for layer in sweeps) + sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    lookups = [m for m in demand.matrices if m.lookup]
+    rest = [m for m in demand.matrices if not m.lookup]
+    all_matrices = sum(m.n_bytes for m in demand.matrices)
+    choices = [([], all_matrices, ffn)] + [
+        ([*rest[n:], *lookups], sum(m.n_bytes for m in rest[:n]), _cache_floor(certified))
+        for n in range(len(rest), -1, -1)
+    ]
+    for streamed, resident, least in choices:
+        ring = _ring_bytes(demand, streamed, chunk) if sweeps or any(not m.lookup for m in streamed) else 0
+        if resident + ring + least <= spare:
+            return _finish(demand, memory, chunk, {**parts, "stream": ring, "resident matrices": resident}, streamed)
+    return None
+
+
+def _cache_floor(certified: Sequence[Layer]) -> int:
+    """Slots that a certified layer must have: a cache below one token's working set never hits."""
+    return sum(max(1, layer.n_neurons // 50) * layer.row_bytes for layer in certified)
+
+
+def _batch_bytes(certified: Sequence[Layer], chunk: int) -> int:
+    """Gathered rows, two sweep buffers, their float32 copies, and the gate's scores."""
+    return 3 * chunk + 4 * chunk + max(layer.gate_scratch_bytes for layer in certified)
+
+
+def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
+    sizes = [layer.row_bytes for layer in demand.layers] + [m.row_bytes for m in streamed if not m.lookup]
+    longest = max((max(size, chunk // size * size) for size in sizes), default=chunk)
+    return N_BUFFERS * (round_up(longest, 4096) + 8192)
+
+
+def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], streamed: Sequence[Matrix]) -> Plan:
+    """Give what is left to the FFNs: slots in proportion, pinned layers spread evenly, one of them in part."""
+    left = memory - sum(parts.values())
+    certified = [layer for layer in demand.layers if layer.sketch_bytes]
+    sweeps = [layer for layer in demand.layers if not layer.sketch_bytes]
+    whole = sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    everything = whole + sum(layer.matrix_bytes for layer in sweeps)
+    share = min(1.0, left / everything) if everything else 0.0
+    slots = {layer.path: int(layer.n_neurons * share) for layer in certified}
+    cache = sum(slots[layer.path] * layer.row_bytes for layer in certified)
+    pinned = _pin(sweeps, left - cache, chunk)
+    held = cache
+    read = sum(m.n_bytes for m in streamed if not m.lookup) + sum(m.row_bytes for m in streamed if m.lookup)
+    for layer in sweeps:
+        rows = pinned[layer.path]
+        held += layer.matrix_bytes if rows == layer.n_neurons else rows * layer.row_bytes
+        read += (layer.n_neurons - rows) * layer.row_bytes
+    return Plan(
+        memory=memory, parts={**parts, "FFN cache": held},
+        gates={layer.path: "certified" if layer.sketch_bytes else "all" for layer in demand.layers},
+        pinned_rows=pinned, slots=slots, streamed=[m.path for m in streamed], bytes_per_token=read,
+        chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens,
+        context=demand.context, batch_size=demand.batch_size,
+    )  # fmt: skip
+
+
+def _pin(layers: Sequence[Layer], left: int, chunk: int) -> dict[str, int]:
+    """Rows to pin per layer. Whole layers, spread over the depth so that reads go on while they compute."""
+    pinned = {layer.path: 0 for layer in layers}
+    if not layers or left <= 0:
+        return pinned
+    n_whole = 0
+    total = 0
+    order = _spread(len(layers))
+    for n, i in enumerate(order, start=1):
+        total += layers[i].matrix_bytes
+        if total > left:
+            total -= layers[i].matrix_bytes
+            break
+        n_whole = n
+    for i in order[:n_whole]:
+        pinned[layers[i].path] = layers[i].n_neurons
+    if n_whole < len(layers):
+        layer = layers[order[n_whole]]
+        step = min(layer.n_neurons, max(1, chunk // layer.row_bytes))
+        pinned[layer.path] = min((left - total) // layer.row_bytes // step * step, layer.n_neurons // step * step)
+    return pinned
+
+
+def _spread(n: int) -> list[int]:
+    """0..n-1 in an order whose every prefix is spread evenly: multiples of the golden ratio, sorted by fraction."""
+    return sorted(range(n), key=lambda i: (i * 0.6180339887498949) % 1.0)

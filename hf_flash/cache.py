@@ -1,0 +1,146 @@
+"""The DRAM side of one layer: slots that hold bundles, and which neuron is in which.
+
+A bundle is read from flash straight into its slot and computed on there, by index. Nothing is ever moved or
+compacted, which replaces the delete-and-swap bookkeeping of "LLM in a flash" (§3.3): an FFN is a sum, so order is free.
+One cache serves all sequences, beams and threads of a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_flash.memory import aligned_empty
+from hf_flash.plan import IntArray
+from hf_flash.readers import Ticket
+from hf_flash.stats import FlashStats
+from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.window import Window
+
+MAX_GAP_BYTES = 8 << 10  # bridging a gap this long costs a device less than another read
+
+
+@dataclasses.dataclass
+class Lookup:
+    """Where the wanted neurons are: hits now, the others once `ticket` is waited for.
+
+    Attributes:
+        neurons: [n] the wanted ones, sorted.
+        slots: [n] their slots.
+        ticket: reads under way, or None.
+        missing: the positions in `neurons` that are being read.
+    """
+
+    neurons: IntArray
+    slots: IntArray
+    ticket: Ticket | None
+    missing: IntArray
+
+
+class NeuronCache:
+    """Slots for the bundles of one layer.
+
+    Args:
+        store: where missing bundles come from.
+        layer: whose bundles.
+        n_slots: bundles that fit; with n_slots >= n_neurons everything read once stays.
+        window: k, tokens whose neurons stay before any other.
+        stats: where hits and reads are counted.
+    """
+
+    def __init__(self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats) -> None:
+        self.n_slots = min(n_slots, layer.n_neurons)
+        self._store, self.layer, self._stats = store, layer, stats
+        self._memory = aligned_empty(self.n_slots * layer.layout.row_bytes)
+        self.rows = self._memory.view(self.n_slots, layer.layout.row_bytes)  # [n_slots, row_bytes]
+        self._slot_of = np.full(layer.n_neurons, -1, dtype=np.int64)
+        self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
+        self._n_used = 0
+        self.window = Window(self.n_slots, window)
+        self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
+        self.lock = threading.RLock()
+
+    def cached(self, neurons: IntArray) -> IntArray:
+        """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
+        return self._slot_of[neurons]
+
+    def fits(self, neurons: IntArray) -> bool:
+        """Whether all of these can be in DRAM together."""
+        return len(neurons) <= self.n_slots
+
+    def fetch(self, neurons: IntArray) -> Lookup:
+        """Find the wanted neurons and start reading the missing ones into slots of their own.
+
+        Hold `lock` until the rows have been used. If waiting for the ticket fails, call `undo`.
+
+        Args:
+            neurons: [n] sorted, unique, n <= n_slots.
+
+        Returns:
+            Their slots and the ticket of the reads.
+        """
+        slots = self._slot_of[neurons].copy()
+        missing = np.flatnonzero(slots < 0)
+        ticket = None
+        if len(missing):
+            free = self._take_slots(len(missing), slots[slots >= 0])
+            slots[missing] = free
+            wanted = neurons[missing]
+            self._slot_of[wanted] = free
+            self._neuron_of[free] = wanted
+            ticket, n_bytes, n_reads = self._store.submit_rows(
+                self.layer, wanted, self.rows, free, self.max_gap_rows
+            )
+            self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
+        self.window.use(slots)
+        n_hit = len(neurons) - len(missing)
+        self._stats.add(neurons_wanted=len(neurons), neurons_hit=n_hit, neurons_read=len(missing))
+        return Lookup(neurons, slots, ticket, missing)
+
+    def undo(self, lookup: Lookup) -> None:
+        """The reads of a lookup failed: forget what they would have filled, so that no wrong row is ever used."""
+        if lookup.ticket is not None:
+            lookup.ticket.settle()
+        self._drop(lookup.slots[lookup.missing])
+
+    def keep(self, neurons: IntArray, rows: torch.Tensor) -> None:
+        """Copy bundles that passed by in a sweep into slots, as far as they are not there and room is found.
+
+        Args:
+            neurons: [n] sorted, unique.
+            rows: [n, row_bytes] their bundles.
+        """
+        absent = np.flatnonzero(self._slot_of[neurons] < 0)[: self.n_slots]
+        if not len(absent):
+            return
+        slots = self._take_slots(len(absent), np.empty(0, np.int64))
+        self.rows[torch.from_numpy(slots)] = rows[torch.from_numpy(absent)]
+        self._slot_of[neurons[absent]] = slots
+        self._neuron_of[slots] = neurons[absent]
+        self.window.use(slots)
+
+    def _take_slots(self, n: int, busy_slots: IntArray) -> IntArray:
+        fresh = np.arange(self._n_used, min(self._n_used + n, self.n_slots), dtype=np.int64)
+        self._n_used += len(fresh)
+        self._stats.add(cache_bytes=len(fresh) * self.layer.layout.row_bytes)
+        if len(fresh) == n:
+            return fresh
+        busy = np.zeros(self.n_slots, dtype=bool)
+        busy[busy_slots] = True
+        busy[fresh] = True
+        victims = self.window.victims(n - len(fresh), busy)
+        self._drop(victims)
+        return np.concatenate([fresh, victims])
+
+    def _drop(self, slots: IntArray) -> None:
+        neurons = self._neuron_of[slots]
+        self._slot_of[neurons[neurons >= 0]] = -1
+        self._neuron_of[slots] = -1
+        self.window.forget(slots)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NeuronCache:
+        return self

@@ -1,0 +1,59 @@
+"""The model card of a flash checkpoint: generated, so that a repo says what it is and how to run it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from hf_flash.format import atomic_text
+from hf_flash.layout import format_size
+
+
+def write_card(output: Path, source_folder: Path, source_name: str, ffn: dict[str, Any]) -> None:
+    """Write README.md: the source card's front matter with our tags, how to load, geometry, then the source card.
+
+    Args:
+        output: the flash checkpoint.
+        source_folder: where the stock checkpoint's README.md may be.
+        source_name: what the user called the source: a folder or a Hub repo.
+        ffn: geometry, as `repack.describe` gives it.
+    """
+    source = source_folder / "README.md"
+    text = source.read_text(encoding="utf-8", errors="replace") if source.is_file() else ""
+    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    front, body = (match.group(1), text[match.end() :]) if match else ("", text)
+    is_repo = re.fullmatch(r"[\w.-]+/[\w.-]+", source_name) and not Path(source_name).exists()
+    gate = "`certified` (reads only neurons that may fire)" if ffn["certified"] else "`all` (streams every layer)"
+    with atomic_text(output / "README.md") as parts:
+        parts.append(f"---\n{_front_matter(front, source_name if is_repo else None)}\n---\n\n")
+        parts.append(f"# {Path(source_name).name}, repacked for hf_flash\n\n")
+        parts.append(
+            "FFN weights lie neuron by neuron in `flash-*.safetensors`, so that transformers can run this model with less "
+            "memory than it has weights. Nothing was rounded: the outputs are the original model's.\n\n"
+            "```python\nimport hf_flash  # registers the backend; without it transformers refuses this checkpoint\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("this/repo", '
+            'quantization_config=hf_flash.FlashConfig(memory="4GiB"))\n```\n\n'
+        )
+        rows = {
+            "FFN layers": ffn["n_layers"], "d_model": ffn["d_model"], "d_ffn": ffn["d_ffn"], "dtype": ffn["dtype"],
+            "bytes per neuron": ffn["row_bytes"], "on flash": format_size(ffn["flash_bytes"]), "default gate": gate,
+        }  # fmt: skip
+        parts.append("| | |\n| --- | --- |\n" + "".join(f"| {k} | {v} |\n" for k, v in rows.items()))
+        if body.strip():
+            parts.append(f"\n## The original model's card\n\n{body.strip()}\n")
+
+
+def _front_matter(front: str, base_model: str | None) -> str:
+    lines = [line for line in front.splitlines() if line.strip()]
+    if not any(line.startswith("library_name:") for line in lines):
+        lines.insert(0, "library_name: transformers")
+    if base_model and not any(line.startswith("base_model:") for line in lines):
+        lines.append(f"base_model: {base_model}")
+    at = next((i for i, line in enumerate(lines) if line.startswith("tags:")), None)
+    if at is None:
+        lines += ["tags:", "- hf_flash"]
+    elif "- hf_flash" not in "\n".join(lines) and lines[at].strip() == "tags:":
+        lines.insert(at + 1, "- hf_flash")
+    return "\n".join(lines)

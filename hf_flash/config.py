@@ -1,0 +1,132 @@
+"""FlashConfig: what a user can say about running a model from flash. Passed as `quantization_config`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_flash.errors import FlashConfigError
+from hf_flash.layout import parse_size
+
+QUANT_METHOD = "hf_flash"
+GATES = ("auto", "all", "certified")
+MEMORY_VARIABLE = "HF_FLASH_MEMORY"
+DEFAULT_CONTEXT = 1024
+CERTIFIED_BITS = range(4, 9)
+
+NOTICE = (
+    "The FFN weights of this model are in flash-*.safetensors. `pip install hf_flash` and `import hf_flash` before "
+    "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
+)
+_LOADING = ("memory", "gate", "delta", "context", "batch_size", "window", "n_threads", "cache_dir")
+
+
+class FlashConfig(QuantizationConfigMixin):
+    """How to run a model from flash.
+
+    Args:
+        memory (`int` or `str`, *optional*): cap on what the process holds because of the model, in bytes or as a size
+            ("4GiB"). Counted: resident weights, sketches, cached neurons, buffers, KV cache for `context` tokens,
+            activations. Default: the environment's `HF_FLASH_MEMORY`; without either, three quarters of the memory
+            that is available (cgroup limits are respected).
+        gate (`str`, defaults to `"auto"`): `"all"` reads every neuron, exact for any activation; `"certified"` reads every
+            neuron that cannot be proved silent, exact for activations that are zero below zero; `"auto"` takes
+            `certified` where the activation allows it, else `all`.
+        delta (`float`, defaults to 1e-9): probability that one decision of the certified gate is wrong; 0 uses the
+            deterministic bound alone.
+        gate_bits (`int`, defaults to 8): bits per weight of the certified gate's sketch, 4 to 8. Used when repacking.
+        context (`int`, *optional*): tokens per sequence for which KV cache and activations are planned (default: 1024,
+            or what the model allows if that is less).
+        batch_size (`int`, defaults to 1): sequences for which they are planned.
+        window (`int`, defaults to 5): tokens whose neurons stay in the cache before any other.
+        n_threads (`int`, defaults to 8): reads in flight.
+        cache_dir (`str`, *optional*): where stock checkpoints are repacked to. Default: `HF_FLASH_CACHE`, else
+            `hf_flash` inside the Hugging Face cache folder.
+
+    Example:
+        >>> AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b", quantization_config=FlashConfig(memory="1.5GiB"))
+    """
+
+    def __init__(
+        self,
+        memory: int | float | str | None = None,
+        gate: str = "auto",
+        delta: float = 1e-9,
+        gate_bits: int = 8,
+        context: int | None = None,
+        batch_size: int = 1,
+        window: int = 5,
+        n_threads: int = 8,
+        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.memory = None if memory is None else parse_size(memory)
+        self.gate, self.delta, self.gate_bits = gate, delta, gate_bits
+        self.context, self.batch_size = context, batch_size
+        self.window, self.n_threads = window, n_threads
+        self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        kwargs.pop("quant_method", None)
+        self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
+        self._check()
+
+    def _check(self) -> None:
+        if self.gate not in GATES:
+            raise FlashConfigError(f"gate={self.gate!r} is unknown. Choose one of {', '.join(map(repr, GATES))}.")
+        if not (isinstance(self.gate_bits, int) and self.gate_bits in CERTIFIED_BITS):
+            raise FlashConfigError(f"gate_bits={self.gate_bits!r}: the sketch takes 4 to 8 bits per weight.")
+        if not 0 <= self.delta < 1:
+            raise FlashConfigError(f"delta={self.delta!r} is a probability: 0 <= delta < 1, such as 1e-9.")
+        for name in ("batch_size", "n_threads", "window"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, 1 or more.")
+        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+            raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What the caller passes wins over what a repo's config says (transformers asks for these)."""
+        defaults = FlashConfig().__dict__
+        return {name: getattr(self, name) for name in _LOADING if getattr(self, name) != defaults[name]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: nothing that belongs to one machine (memory, folders, threads)."""
+        out = {
+            "quant_method": QUANT_METHOD, "notice": NOTICE, "gate": self.gate, "delta": self.delta,
+            "gate_bits": self.gate_bits, "window": self.window,
+        }  # fmt: skip
+        return {**{k: v for k, v in self.extra.items() if k != "notice"}, **out}
+
+    def cap(self) -> int:
+        """The memory cap in bytes: as passed, from the environment, or three quarters of what is available."""
+        if self.memory is not None:
+            return self.memory
+        variable = os.environ.get(MEMORY_VARIABLE)
+        if variable:
+            try:
+                return parse_size(variable)
+            except FlashConfigError as error:
+                raise FlashConfigError(f"{MEMORY_VARIABLE}: {error}") from error
+        return int(available_memory() * 0.75)
+
+
+def available_memory() -> int:
+    """Bytes of DRAM that this process may still take: the system's, or its cgroup's where that is less."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit) as a, open(used) as b:
+                available = min(available, int(a.read()) - int(b.read()))
+        except (OSError, ValueError):
+            continue
+    return max(available, 1)

@@ -1,0 +1,343 @@
+"""How one layer's FFN is computed from flash: every neuron in a sweep, or the few that a gate names.
+
+Both engines give the FFN's output for an input; `pieces` gives the same weights piece by piece, which is what the
+gradient needs. Neither holds parameters, and one engine serves all copies of a module, on all threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hf_flash import ops
+from hf_flash.cache import Lookup, NeuronCache
+from hf_flash.gates import CertifiedGate
+from hf_flash.memory import aligned_empty
+from hf_flash.plan import IntArray
+from hf_flash.readers import Ticket
+from hf_flash.stats import FlashStats
+from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.stream import Stream
+
+GATE_TOKENS = 64  # tokens scored at a time: bounds the gate's scratch memory
+TRANSPOSE_ROWS = 128  # rows transposed at a time: stays in the CPU cache
+
+
+class Biases(NamedTuple):
+    """The biases of a block, each [d_ffn], [d_ffn], [d_out] or None."""
+
+    gate: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+
+    def part(self, index: slice | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Up and gate bias of some neurons, in the order of `ops.hidden`."""
+        return (None if self.up is None else self.up[index], None if self.gate is None else self.gate[index])
+
+
+Piece = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # neurons, gate, up, down rows
+
+
+class Engine(ABC):
+    """Computes one FFN from flash."""
+
+    layer: FlashLayer
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+        """The FFN's output.
+
+        Args:
+            x: [..., d_model].
+
+        Returns:
+            [..., d_out], dtype of x.
+
+        Raises:
+            ReadError: flash failed; the model stays usable.
+        """
+
+    @abstractmethod
+    def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
+        """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        return self
+
+
+class WorkBuffers:
+    """Scratch memory that all layers of a model share, one buffer per name; whoever uses it holds a lock."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+        self.lock = threading.RLock()
+
+    def get(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        n_bytes = shape[0] * shape[1] * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < n_bytes:
+            buffer = self._buffers[name] = aligned_empty(n_bytes)
+        return buffer[:n_bytes].view(dtype).view(shape)
+
+
+class SweepEngine(Engine):
+    """Gate `all`: every neuron of the layer, from pinned rows and from the stream.
+
+    Up and gate products are computed on the rows as they arrive; down rows are gathered so that the one product over
+    all neurons is the same operation on the same numbers as in the stock block.
+
+    Args:
+        layer: where the bundles are.
+        stream: what streams them.
+        pinned_rows: neurons from the first on that stay in DRAM once read; all of them makes the layer resident.
+        max_tokens: tokens computed in one sweep at most (bounds the hidden activations).
+    """
+
+    def __init__(
+        self, layer: FlashLayer, stream: Stream, work: WorkBuffers, stats: FlashStats, pinned_rows: int, max_tokens: int
+    ) -> None:
+        self.layer, self._stream, self._work, self._stats = layer, stream, work, stats
+        self._unit = stream.add(layer.rows)
+        step = stream.chunk_rows(self._unit)
+        whole = pinned_rows >= layer.n_neurons
+        self._pin = layer.n_neurons if whole else pinned_rows // step * step
+        self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer that is pinned in part
+        self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
+        self._max_tokens = max_tokens
+
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+        n_tokens = x.numel() // x.shape[-1]
+        self._stats.add(neurons_wanted=self.layer.n_neurons)
+        if n_tokens > self._max_tokens:
+            flat = x.reshape(-1, x.shape[-1])
+            parts = [self._forward(part, act, biases) for part in flat.split(self._max_tokens)]
+            return torch.cat(parts).view(*x.shape[:-1], -1)
+        return self._forward(x, act, biases)
+
+    def _forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+        if self._dense is None:
+            with self._stream.lock:
+                if self._dense is None:  # another thread may have pinned the layer meanwhile
+                    return self._sweep(x, act, biases)
+        t0 = time.perf_counter()
+        gate, up, down = self._dense
+        y = ops.dense_ffn(x, up, down, act, gate, biases.up, biases.gate, biases.down)
+        self._stats.add(compute_s=time.perf_counter() - t0, neurons_hit=self.layer.n_neurons)
+        return y
+
+    def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+        layout, n = self.layer.layout, self.layer.n_neurons
+        column_major = x.dtype == torch.float16  # see ops.project
+        shape = (layout.d_out, n) if column_major else (n, layout.d_out)
+        down = self._work.get("down", shape, x.dtype)
+        h = x.new_empty(*x.shape[:-1], n)
+        pins = self._start_pinning()
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self.pieces(x, biases, pins) as pieces:
+            for neurons, gate, up, down_rows in pieces:
+                h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
+                if column_major:
+                    down[:, neurons].copy_(down_rows.t())
+                else:
+                    down[neurons].copy_(down_rows)
+        if column_major:
+            y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
+        else:
+            y = ops.project(h, down, biases.down)
+        self._finish_pinning(pins)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        return y
+
+    @contextlib.contextmanager
+    def pieces(self, x: torch.Tensor, biases: Biases, pins: tuple[torch.Tensor, ...] | None = None) -> Iterator[Iterator[Piece]]:  # fmt: skip
+        with self._stream.lock:
+            if self._dense is not None:
+                gate, up, down = self._dense
+                yield iter([(slice(0, self.layer.n_neurons), gate, up, down.t())])
+                return
+            with self._stream.unit(self._unit) as chunks:
+                yield self._pieces(chunks, pins)
+
+    def _pieces(
+        self, chunks: Iterator[tuple[int, int, torch.Tensor]], pins: tuple[torch.Tensor, ...] | None
+    ) -> Iterator[Piece]:
+        if self._pinned is not None:
+            self._stats.add(neurons_hit=self._pin)
+            yield (slice(0, self._pin), *self.layer.layout.split(self._pinned))
+        for start, stop, rows in chunks:
+            gate, up, down = self.layer.layout.split(rows)
+            self._stats.add(neurons_read=stop - start)
+            if pins is not None:
+                self._pin_chunk(pins, start, stop, rows)
+            yield slice(start, stop), gate, up, down
+
+    def _start_pinning(self) -> tuple[torch.Tensor, ...] | None:
+        """Memory for what this sweep is to leave in DRAM, or None where that is done."""
+        layout = self.layer.layout
+        if self._pin == 0 or self._pinned is not None:
+            return None
+        if self._pin < self.layer.n_neurons:
+            return (aligned_empty(self._pin * layout.row_bytes).view(self._pin, layout.row_bytes),)
+        n, size = self._pin, layout.dtype.itemsize
+        up = aligned_empty(n * layout.d_model * size).view(layout.dtype).view(n, layout.d_model)
+        down = aligned_empty(n * layout.d_out * size).view(layout.dtype).view(layout.d_out, n)
+        gate = torch.empty_like(up) if layout.gated else up
+        return gate, up, down
+
+    def _pin_chunk(self, pins: tuple[torch.Tensor, ...], start: int, stop: int, rows: torch.Tensor) -> None:
+        if len(pins) == 1:
+            if start < self._pin:
+                pins[0][start:stop] = rows
+            return
+        gate_rows, up_rows, down_rows = self.layer.layout.split(rows)
+        gate, up, down = pins
+        up[start:stop] = up_rows
+        if gate_rows is not None:
+            gate[start:stop] = gate_rows
+        for i in range(0, stop - start, TRANSPOSE_ROWS):
+            down[:, start + i : min(stop, start + i + TRANSPOSE_ROWS)] = down_rows[i : i + TRANSPOSE_ROWS].t()
+
+    def _finish_pinning(self, pins: tuple[torch.Tensor, ...] | None) -> None:
+        if pins is None:
+            return
+        if len(pins) == 1:
+            self._pinned = pins[0]
+        else:
+            gate, up, down = pins
+            self._dense = (gate if self.layer.layout.gated else None, up, down)
+        held = sum(t.numel() * t.element_size() for t in {id(p): p for p in pins}.values())
+        self._stats.add(cache_bytes=held)
+        self._stream.pin_first(self._unit, self._pin)
+
+
+class SparseEngine(Engine):
+    """Gate `certified`: the neurons that cannot be proved silent, from the cache, the missing ones from flash.
+
+    Args:
+        store, layer: where bundles come from.
+        gate: which neurons are wanted.
+        cache: slots in DRAM.
+        batch_rows: rows computed on at a time (bounds the scratch memory).
+        work: scratch shared by all layers, used under `work.lock`.
+    """
+
+    def __init__(
+        self, store: FlashStore, layer: FlashLayer, gate: CertifiedGate, cache: NeuronCache,
+        batch_rows: int, work: WorkBuffers, stats: FlashStats,
+    ) -> None:  # fmt: skip
+        self.layer, self.gate, self.cache = layer, gate, cache
+        self._store, self._work, self._stats = store, work, stats
+        self._batch_rows = batch_rows
+
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
+        y: torch.Tensor | None = None
+        fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        neurons, recent = self._wanted(flat, biases)
+        t1 = time.perf_counter()
+        alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
+        with self._batches(neurons, recent, flat.shape[0]) as batches:
+            for index, gate, up, down in batches:
+                h = ops.hidden(flat, up, act, gate, *biases.part(index))
+                fired[index] = (h != 0).any(0)
+                if alone:  # one product, rounded once, as in the dense block
+                    y = ops.project(h, down, biases.down)
+                else:
+                    part = ops.project(h.float(), down)
+                    y = part if y is None else y.add_(part)
+        if y is None or not alone:
+            y = torch.zeros(flat.shape[0], self.layer.layout.d_out) if y is None else y
+            y = (y if biases.down is None else y + biases.down).to(x.dtype)
+        busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
+        self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=int(fired.sum()))
+        return y.view(*x.shape[:-1], -1)
+
+    def _wanted(self, flat: torch.Tensor, biases: Biases) -> tuple[IntArray, IntArray]:
+        """Neurons that any token wants, and those that the last one does; both sorted."""
+        bias = biases.gate if self.layer.layout.gated else biases.up
+        union = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
+        for tokens in flat.split(GATE_TOKENS):
+            wanted = self.gate.wanted(tokens, bias)
+            union |= wanted.any(0)
+        return union.nonzero()[:, 0].numpy(), wanted[-1].nonzero()[:, 0].numpy()
+
+    def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
+        flat = x.reshape(-1, x.shape[-1])
+        return self._batches(*self._wanted(flat, biases), flat.shape[0])
+
+    @contextlib.contextmanager
+    def _batches(self, neurons: IntArray, recent: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+        with self._work.lock, self.cache.lock:
+            self.cache.window.tick(n_tokens)
+            if self.cache.fits(neurons):
+                lookup = self.cache.fetch(neurons)
+                self._wait(lookup)
+                yield self._from_slots(neurons, lookup.slots)
+            else:
+                batches = self._sweep(neurons, recent)
+                try:
+                    yield batches
+                finally:
+                    batches.close()
+
+    def _wait(self, lookup: Lookup) -> None:
+        if lookup.ticket is None:
+            return
+        t0 = time.perf_counter()
+        try:
+            lookup.ticket.wait()
+        except BaseException:  # Ctrl-C too: a slot that was not filled must not be found later
+            self.cache.undo(lookup)
+            raise
+        self._stats.add(wait_s=time.perf_counter() - t0)
+
+    def _from_slots(self, neurons: IntArray, slots: IntArray) -> Iterator[Piece]:
+        for i in range(0, len(neurons), self._batch_rows):
+            index = torch.from_numpy(slots[i : i + self._batch_rows])
+            rows = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
+            torch.index_select(self.cache.rows, 0, index, out=rows)
+            yield (torch.from_numpy(neurons[i : i + self._batch_rows]), *self.layer.layout.split(rows))
+
+    def _sweep(self, neurons: IntArray, recent: IntArray) -> Iterator[Piece]:
+        """More neurons than slots: those in DRAM first, then the others in order, the next batch being read meanwhile."""
+        slots = self.cache.cached(neurons)
+        here = slots >= 0
+        self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))
+        self.cache.window.use(slots[here])
+        missing = neurons[~here]
+        batches = [missing[i : i + self._batch_rows] for i in range(0, len(missing), self._batch_rows)]
+        ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []
+        try:
+            ahead += [self._read_batch(batch, i) for i, batch in enumerate(batches[:1])]
+            yield from self._from_slots(neurons[here], slots[here])
+            for i, batch in enumerate(batches):
+                if i + 1 < len(batches):
+                    ahead.append(self._read_batch(batches[i + 1], i + 1))
+                _, rows, ticket = ahead[0]
+                t0 = time.perf_counter()
+                ticket.wait()
+                self._stats.add(wait_s=time.perf_counter() - t0)
+                keep = np.isin(batch, recent, assume_unique=True)
+                self.cache.keep(batch[keep], rows[torch.from_numpy(keep)])
+                yield (torch.from_numpy(batch), *self.layer.layout.split(rows))
+                ahead.pop(0)
+        finally:
+            for _, _, ticket in ahead:
+                ticket.settle()
+
+    def _read_batch(self, batch: IntArray, number: int) -> tuple[IntArray, torch.Tensor, Ticket]:
+        rows = self._work.get(f"sweep{number % 2}", (len(batch), self.layer.layout.row_bytes), torch.uint8)
+        ticket, n_bytes, n_reads = self._store.submit_rows(
+            self.layer, batch, rows, np.arange(len(batch)), self.cache.max_gap_rows
+        )
+        self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
+        return batch, rows, ticket

@@ -1,0 +1,149 @@
+"""FlashFFN: what the model sees in place of a stock FFN block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_flash import ops
+from hf_flash.engine import Biases, Engine
+from hf_flash.errors import FlashError
+from hf_flash.families import FFNBlock, Part
+from hf_flash.stats import FlashStats
+
+
+class Bias(nn.Module):
+    """A stock bias under its stock name: loaded, saved and moved by transformers like any other parameter.
+
+    In an inline block it stands where the down projection stood. The bias has been added by then, so what it is called
+    with passes through; `weight` answers layers that ask for a dtype.
+    """
+
+    def __init__(self, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_parameter("bias", bias)
+        self.weight = torch.empty(0, dtype=dtype, device="cpu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class FlashFFN(nn.Module):
+    """An FFN whose weights stay on flash.
+
+    Only what is small lives in the module: biases and the activation, under their stock names. The engine that
+    computes it is attached once the memory plan is made and the checkpoint is open.
+
+    Args:
+        block: which block of the model this replaces.
+        activation: the block's own activation module or function.
+        biases: the stock biases by full parameter name; they become this module's.
+        dtype: of the stock weights.
+    """
+
+    def __init__(
+        self, block: FFNBlock, activation: ops.Activation, biases: Mapping[str, nn.Parameter], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.block, self.engine = block, None
+        self.engine: Engine | None
+        self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
+        self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
+        if block.inline:
+            self._take_inline(biases, dtype)
+        else:
+            for name, bias in biases.items():
+                self._bias_path[name] = name.removeprefix(block.path + ".")
+                _add_module(self, self._bias_path[name].rpartition(".")[0], Bias(bias, dtype))
+        # A module goes where it was, so that parameters of its own (xIELU) keep their names; a list hides the others.
+        self._act_path = block.activation.removeprefix(block.path + ".")
+        own = isinstance(activation, nn.Module) and not block.inline and self._act_path != block.activation
+        self._hidden_act = [] if own else [activation]
+        if isinstance(activation, nn.Module) and own:
+            _add_module(self, self._act_path, activation)
+
+    def _take_inline(self, biases: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        """This module stands where `fc1` stood and owns its bias; `down_stub` will stand where `fc2` did."""
+        up, down = self.block.up.bias, self.block.down.bias
+        self.register_parameter("bias", biases[up] if up else None)
+        stub = Bias(biases[down] if down else None, dtype)
+        self.__dict__["down_stub"] = stub  # not registered here: it is the layer's module
+
+    @property
+    def act(self) -> ops.Activation:
+        """The block's own activation."""
+        act: Any = self._hidden_act[0] if self._hidden_act else self.get_submodule(self._act_path)
+        return act  # type: ignore[no-any-return]
+
+    def biases(self) -> Biases:
+        """The stock biases, sliced for this block's parts."""
+
+        def get(part: Part | None, is_down: bool = False) -> torch.Tensor | None:
+            if part is None or part.bias is None:
+                return None
+            if self.block.inline:
+                return self.down_stub.bias if is_down else self.bias  # type: ignore[no-any-return]
+            return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
+
+        return Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))
+
+    def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+        """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
+        if self.engine is None:
+            raise FlashError(
+                f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
+                "call hf_flash.patch(model)."
+            )
+        if self.stats is not None:
+            self.stats.add(n_tokens=x.numel() // x.shape[-1], n_forwards=1)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: torch.Tensor = _FlashFunction.apply(x, self)
+        else:
+            with torch.no_grad():
+                y = self.engine.forward(x, self.act, self.biases())
+        return y + residual[0] if self.block.takes_residual and residual else y
+
+    def extra_repr(self) -> str:
+        b = self.block
+        return f"d_model={b.d_model}, d_ffn={b.d_ffn}, gated={b.gate is not None}, engine={type(self.engine).__name__}"
+
+
+class _FlashFunction(torch.autograd.Function):
+    """The FFN as a function of its input; the backward pass reads the weights from flash again.
+
+    Nothing of the weights is saved between the passes: slots and ring buffers will hold other rows by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: FlashFFN) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        assert module.engine is not None
+        return module.engine.forward(x, module.act, module.biases())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        module: FlashFFN = ctx.module
+        assert module.engine is not None
+        biases = module.biases()
+        out = torch.zeros_like(x, dtype=torch.float32)
+        with module.engine.pieces(x, biases) as pieces, torch.enable_grad():
+            for neurons, gate, up, down in pieces:
+                leaf = x.detach().requires_grad_()
+                y = ops.project(ops.hidden(leaf, up, module.act, gate, *biases.part(neurons)), down)
+                out += torch.autograd.grad(y, leaf, grad)[0]
+        return out.to(x.dtype), None
+
+
+def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path, with empty modules for what lies between."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = getattr(root, name)
+    root.add_module(leaf, module)

@@ -1,0 +1,196 @@
+r"""The certified gate: read every neuron that cannot be proved silent, and no other.
+
+The idea. A ReLU neuron with pre-activation z = w.x + b <= 0 contributes nothing, so its bundle need not be read. To
+know the sign of z one needs w only roughly: a few bits per weight in DRAM (the *sketch*) and a bound on what the
+rounding can hide.
+
+The sketch. Weights are quantized in groups of 64 along d_model with step s (one per neuron and group), each rounded up
+or down *at random* so that its mean is exact: q = floor(w / s + u), u uniform in [0, 1). The step leaves room, nothing is
+clipped. With w^ = s q and E = w - w^, the entries E_j are independent, have mean zero and lie in an interval of length s.
+
+The bound. For a fixed input x, w.x = w^.x + E.x where E.x is a sum of independent zero-mean terms, term j in an interval
+of length s_g |x_j|. Hoeffding's inequality gives
+
+    P(E.x > t) <= exp(-2 t^2 / sum_g s_g^2 |x_g|^2),  so  t_H = sqrt(ln(1/delta) / 2 * sum_g s_g^2 |x_g|^2)
+
+fails with probability at most delta per decision (over the random rounding, which never saw x). Independently,
+Cauchy-Schwarz per group gives t_C = sum_g |E_g| |x_g|, which never fails. t = min(t_H, t_C).
+
+The arithmetic. Let a = gamma_n |w| |x| with gamma_n = n u / (1 - n u), u = 2^-24, the standard bound for a sum of n
+float32 products in any order. Our own score in float32 is off by at most a (with |w^| <= |w| + |E|), and so is the dense
+model's accumulation; weights stored wider than the model computes are rounded once, by at most u' |w| |x|. So the dense
+model's accumulated product is at most U = fl(w^.x) + t + 2 a (+ u' |w| |x|). Rounding is monotone: if the product is
+rounded to the compute dtype (unit roundoff u') before the bias is added, it is at most V = U + u' |U|; after the bias and a
+last rounding, the pre-activation that the dense model computes is at most (V + b) + u' |V + b|. A neuron is silent if that
+is <= the threshold below which its activation is zero (0 for ReLU, ReLU^2 and ReLU-GLU, theta for FATReLU).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from hf_flash.layout import round_up
+
+GROUP = 64
+BLOCK_NEURONS = 512  # neurons dequantized at a time: bounds the scratch memory
+_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
+
+
+@dataclasses.dataclass
+class Sketch:
+    """A low-bit copy of the matrix that decides (gate rows, or up rows where there is no gate).
+
+    Attributes:
+        codes: [n, groups * 8 * bits] uint8: 64 codes of `bits` bits per group, code + 2^(bits-1), little-endian bit stream.
+        step: [n, groups] bfloat16, the group's step s.
+        error: [n, groups] bfloat16, an upper bound of |E_g|.
+        norm: [n] float32, an upper bound of |w| + |E|.
+        bits: 4 to 8.
+        d_model: columns of the matrix.
+    """
+
+    codes: torch.Tensor
+    step: torch.Tensor
+    error: torch.Tensor
+    norm: torch.Tensor
+    bits: int
+    d_model: int
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bits: int = 8, seed: int = 0) -> Sketch:
+        """Quantize a matrix with stochastic rounding.
+
+        Args:
+            weight: [n, d_model].
+            bits: 4 to 8.
+            seed: of the random rounding; stored nowhere, any will do.
+        """
+        assert 4 <= bits <= 8, bits
+        generator = torch.Generator().manual_seed(seed)
+        parts = [_quantize(block, bits, generator) for block in weight.split(BLOCK_NEURONS)]
+        codes, step, error, norm = (torch.cat(column) for column in zip(*parts, strict=True))
+        return cls(codes, step, error, norm, bits, weight.shape[1])
+
+    @property
+    def n_bytes(self) -> int:
+        """DRAM that the sketch takes."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, as gates.safetensors holds them."""
+        return {"codes": self.codes, "step": self.step, "error": self.error, "norm": self.norm}
+
+    def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows start..stop as float32 [n, d_model]."""
+        codes = _unpack(self.codes[start:stop], self.bits)  # [n, groups * 64] float32
+        n, groups = self.step[start:stop].shape
+        values = codes.view(n, groups, GROUP) * self.step[start:stop].float().unsqueeze(-1)
+        return values.view(n, groups * GROUP)[:, : self.d_model]
+
+
+def sketch_bytes(n_neurons: int, d_model: int, bits: int) -> int:
+    """DRAM that a sketch will take, known before it is made."""
+    groups = round_up(d_model, GROUP) // GROUP
+    return n_neurons * (groups * (8 * bits + 4) + 4)
+
+
+def _quantize(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    n, d = weight.shape
+    groups = round_up(d, GROUP) // GROUP
+    w = torch.zeros(n, groups * GROUP, dtype=torch.float64)
+    w[:, :d] = weight
+    w = w.view(n, groups, GROUP)
+    top = 2 ** (bits - 1) - 1
+    largest = w.abs().amax(-1)
+    step = (largest / top * (1 + 2.0**-6)).clamp_min(2.0**-100).bfloat16()  # rounded up, so nothing is clipped
+    s = step.double().unsqueeze(-1)
+    codes = torch.floor(w / s + torch.rand(w.shape, dtype=torch.float64, generator=generator))
+    assert codes.abs().max() <= top + 1
+    codes = codes.clamp(-top - 1, top)  # + 1 cannot happen: |w| / s < top
+    error = w - codes * s
+    bound = (error.norm(dim=-1) * (1 + 2.0**-7)).bfloat16()  # rounded up
+    norm = ((weight.double().norm(dim=-1) + error.flatten(1).norm(dim=-1)) * (1 + 1e-6)).float()
+    return _pack((codes + 2 ** (bits - 1)).view(n, -1).to(torch.int32), bits), step, bound, norm
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """[n, m] codes of `bits` bits (m a multiple of 8) -> [n, m * bits / 8] uint8, little-endian bit stream."""
+    if bits == 8:
+        return codes.to(torch.uint8)
+    n, m = codes.shape
+    eights = codes.view(n, m // 8, 8).to(torch.int64)
+    word = (eights << (torch.arange(8) * bits)).sum(-1)  # [n, m / 8], 8 * bits <= 56 bits
+    return ((word.unsqueeze(-1) >> (torch.arange(bits) * 8)) & 255).to(torch.uint8).reshape(n, -1)
+
+
+def _unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Inverse of `_pack`, shifted back to signed values: [n, m * bits / 8] uint8 -> [n, m] float32."""
+    if bits == 8:
+        return codes.float().sub_(128.0)
+    n = codes.shape[0]
+    parts = codes.view(n, -1, bits).to(torch.int64)
+    word = (parts << (torch.arange(bits) * 8)).sum(-1)  # [n, m / 8]
+    eights = (word.unsqueeze(-1) >> (torch.arange(8) * bits)) & (2**bits - 1)
+    return eights.reshape(n, -1).float().sub_(float(2 ** (bits - 1)))
+
+
+class CertifiedGate:
+    """Decides which neurons may fire, from a sketch.
+
+    Args:
+        sketch: of the deciding matrix.
+        delta: probability that one decision is wrong; 0 uses the deterministic bound alone.
+        threshold: the activation is exactly 0 at and below this.
+        weight_dtype: dtype of the stored weights.
+    """
+
+    def __init__(self, sketch: Sketch, delta: float = 1e-9, threshold: float = 0.0, weight_dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+        self.sketch, self.delta, self.threshold = sketch, delta, threshold
+        self._weight_unit = _UNIT[weight_dtype]
+        self._log = math.log(1 / delta) / 2 if delta > 0 else None
+
+    def upper(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Upper bound of the pre-activations that the dense model computes.
+
+        Args:
+            x: [n_tokens, d_model], the FFN's input in the dtype that the model computes in.
+            bias: [n_neurons] or None.
+
+        Returns:
+            [n_tokens, n_neurons] float32.
+        """
+        unit, sketch = _UNIT[x.dtype], self.sketch
+        x32 = x.float()
+        groups = sketch.step.shape[1]
+        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - sketch.d_model))
+        squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)  # [T, groups], |x_g|^2 from above
+        scores = torch.cat(
+            [
+                x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t()
+                for i in range(0, sketch.codes.shape[0], BLOCK_NEURONS)
+            ],
+            dim=1,
+        )  # [T, n]
+        t = squares.sqrt() @ sketch.error.float().t()  # Cauchy-Schwarz
+        if self._log is not None:
+            t = torch.minimum(t, (self._log * (squares @ sketch.step.float().square().t())).sqrt_())
+        n_u = (sketch.d_model + 8) * 2.0**-24
+        a = 2 * n_u / (1 - n_u) + (unit if unit > self._weight_unit else 0.0)
+        size = squares.sum(-1, keepdim=True).sqrt() * sketch.norm  # |x| |w|, [T, n]
+        v = scores + t * (1 + 2.0**-12) + a * size
+        v = v + unit * v.abs()
+        if bias is not None:
+            v = v + bias.float()
+            v = v + unit * v.abs()
+        return v
+
+    def wanted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Which neurons each token may need.
+
+        Returns:
+            [n_tokens, n_neurons] bool; False is a proof of silence. A NaN or infinite input wants every neuron.
+        """
+        return ~(self.upper(x, bias) <= self.threshold)

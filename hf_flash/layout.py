@@ -1,0 +1,120 @@
+"""How one neuron lies on flash: the bundle.
+
+A neuron's gate row, up row and down column are used together or not at all, so they are stored side by side and
+cost one read instead of three ("LLM in a flash", §3.2). The row stride is a multiple of 512 bytes, the smallest
+unit that a device reads, so that a row can be read straight into its slot.
+
+    | gate row, d_model | up row, d_model | down column, d_out | padding to 512 B |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+
+from hf_flash.errors import FlashConfigError
+
+ROW_ALIGN = 512  # bytes; row stride inside a flash tensor
+DATA_ALIGN = 4096  # bytes; start of every flash tensor inside its file
+
+_UNITS = {"": 1, "b": 1}
+for _i, _u in enumerate("kmgt", start=1):
+    _UNITS.update({_u: 1000**_i, _u + "b": 1000**_i, _u + "ib": 1024**_i})
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is >= n."""
+    return -(-n // multiple) * multiple
+
+
+def parse_size(size: int | float | str) -> int:
+    """Bytes of "4GiB", "512 MB", 1.5e9 or 4096.
+
+    Raises:
+        FlashConfigError: not a size, or not positive.
+    """
+    if isinstance(size, (int, float)) and not isinstance(size, bool):
+        n = int(size)
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]?i?b?)\s*", str(size).lower())
+        if match is None or match.group(2) not in _UNITS:
+            raise FlashConfigError(f"{size!r} is not a size. Write bytes, or a size such as '4GiB', '512MiB', '1.5GB'.")
+        n = int(float(match.group(1)) * _UNITS[match.group(2)])
+    if n <= 0:
+        raise FlashConfigError(f"A size must be positive, got {size!r}. Write one such as '4GiB'.")
+    return n
+
+
+def format_size(n_bytes: float) -> str:
+    """Bytes as people read them: 1536 -> '1.5 KiB'."""
+    n = float(n_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(n) < 1024 or unit == "TiB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    raise AssertionError
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleLayout:
+    """Geometry of the bundles of one layer.
+
+    Attributes:
+        d_model: length of a gate or up row, in elements.
+        d_out: length of a down column, in elements.
+        gated: whether there is a gate row.
+        dtype: dtype of the stored weights.
+    """
+
+    d_model: int
+    d_out: int
+    gated: bool
+    dtype: torch.dtype
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of one bundle, padding excluded."""
+        return self.d_model * (2 if self.gated else 1) + self.d_out
+
+    @property
+    def row_bytes(self) -> int:
+        """Stride from one bundle to the next, in bytes; a multiple of 512."""
+        return round_up(self.n_elements * self.dtype.itemsize, ROW_ALIGN)
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Views of the three parts of some rows; no copy.
+
+        Args:
+            rows: [n, row_bytes] uint8, contiguous in its last dimension.
+
+        Returns:
+            gate [n, d_model] or None, up [n, d_model], down [n, d_out], of `dtype`.
+        """
+        elements = rows.view(self.dtype)  # [n, row_bytes / itemsize]
+        start = self.d_model if self.gated else 0
+        gate = elements[:, :start] if self.gated else None
+        up = elements[:, start : start + self.d_model]
+        down = elements[:, start + self.d_model : self.n_elements]
+        return gate, up, down
+
+    def pack(self, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """Bundle a layer's matrices.
+
+        Args:
+            up: [n, d_model].
+            down: [n, d_out]: the down matrix transposed, a row per neuron.
+            gate: [n, d_model], where the block is gated.
+
+        Returns:
+            [n, row_bytes] uint8.
+        """
+        rows = torch.zeros(up.shape[0], self.row_bytes, dtype=torch.uint8)
+        to_gate, to_up, to_down = self.split(rows)
+        to_up.copy_(up)
+        to_down.copy_(down)
+        if to_gate is not None:
+            assert gate is not None
+            to_gate.copy_(gate)
+        return rows

@@ -1,0 +1,30 @@
+"""Aligned anonymous memory that flash is read into.
+
+Direct reads want buffers that start on a page; memory that belongs to a mapping of its own goes back to the system
+the moment it is dropped, which a budget relies on and malloc does not promise.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+
+def aligned_empty(n_bytes: int) -> torch.Tensor:
+    """Page-aligned anonymous memory that takes DRAM only as it is touched.
+
+    Args:
+        n_bytes: size; 0 gives an empty tensor.
+
+    Returns:
+        [n_bytes] uint8, zeros until written.
+    """
+    if n_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+
+
+def view_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor as a buffer that `preadv` can fill; shares memory."""
+    return memoryview(tensor.numpy()).cast("B")

@@ -1,0 +1,119 @@
+"""The hook into from_pretrained: a quantizer that swaps FFN blocks before transformers loads what is left.
+
+Thin on purpose: it refuses early and calls attach.py. Registered by `import hf_flash`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from hf_flash import attach, hub, save
+from hf_flash.config import QUANT_METHOD, FlashConfig
+from hf_flash.errors import CheckpointError, FlashConfigError
+from hf_flash.families import find_blocks
+from hf_flash.checkpoint import locate
+from hf_flash.repack import repack_to_cache
+
+
+class FlashQuantizer(HfQuantizer):
+    """Runs a model's FFNs from flash."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: FlashConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantization_config: FlashConfig = quantization_config
+        self._runtime: attach.FlashRuntime | None = None
+        self.saving = threading.local()
+
+    def validate_environment(self, device_map: Any = None, weights_only: bool = True, **kwargs: Any) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        self.quantization_config.cap()
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device: the engine computes on the CPU, and placing layers is what the plan does."""
+        if device_map is None or device_map in ("auto", "cpu", "balanced", "balanced_low_0", "sequential"):
+            return {"": "cpu"}
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if {str(torch.device(d)) if d not in ("disk",) else "disk" for d in map(str, devices)} != {"cpu"}:
+            raise FlashConfigError(
+                f"device_map={device_map!r}: hf_flash computes on the CPU and places layers itself. "
+                "Leave device_map out and set the cap with FlashConfig(memory=...)."
+            )
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        files = [Path(f) for f in checkpoint_files or []]
+        if not files or any(f.suffix != ".safetensors" for f in files):
+            raise CheckpointError(
+                f"{model.config.name_or_path}: hf_flash reads safetensors, found "
+                f"{', '.join(f.name for f in files) or 'no checkpoint files'}. Save the model once with "
+                "save_pretrained, which writes safetensors, and load that."
+            )
+        config = self.quantization_config
+        name = str(model.config.name_or_path)
+        blocks = find_blocks(model)
+        located = locate(model, files)
+        if self.pre_quantized:
+            flash, gates = hub.flash_files(files[0], name, getattr(model.config, "_commit_hash", None))
+        else:
+            folder = repack_to_cache(model, files, config, name)
+            flash, gates = hub.flash_files(folder / "config.json", str(folder), None)
+        geometry = attach.geometry_of(flash, gates)
+        attach.match_geometry(blocks, geometry, str(next(iter(flash.values())).parent))
+        plan = attach.plan_for(model, blocks, geometry, config, located)
+        self._runtime = attach.FlashRuntime(config, plan, blocks, located)
+        self._runtime.files, self._runtime.gates_file = flash, gates
+        attach.swap(model, blocks, self._runtime)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        assert self._runtime is not None
+        attach.make_resident(model)
+        attach.connect(model, self._runtime)
+        model.save_pretrained = types.MethodType(save.save_pretrained, model)  # type: ignore[method-assign]
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What save_pretrained writes: resident tensors, those that are streamed, and a guard per FFN tensor."""
+        folder = getattr(self.saving, "folder", None)
+        if folder is not None:
+            save.write_flash_side(model, Path(folder))
+        return save.state_dict(model), {}
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through the FFNs to whatever can be trained around them (adapters, norms)."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """generate() must not compile: engines read files."""
+        return False
+
+
+def register() -> None:
+    """Make transformers know `quant_method: hf_flash`. Calling it twice does nothing."""
+    if QUANT_METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    auto.register_quantization_config(QUANT_METHOD)(FlashConfig)
+    auto.register_quantizer(QUANT_METHOD)(FlashQuantizer)
+    # Without this, what the caller passes for a converted folder is dropped with a warning.
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FlashConfig)
+
+
+assert os.name == "posix", "hf_flash needs a POSIX system"

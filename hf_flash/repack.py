@@ -1,0 +1,495 @@
+"""From a stock checkpoint to a flash checkpoint, tensor by tensor.
+
+Memory for one layer, not for the model; every file is written whole or not at all; an interrupted run goes on where
+it stopped. The result is an ordinary Hub repo (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hf_flash import card
+from hf_flash.check import check_blocks
+from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate, read_tensor
+from hf_flash.config import FlashConfig
+from hf_flash.errors import CheckpointError, DiskFullError, UnknownArchitectureError
+from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
+from hf_flash.format import RUN_BYTES, TensorEntry, TensorFileWriter, TensorSpec, atomic_text
+from hf_flash.gates.certified import GROUP, Sketch
+from hf_flash.layout import BundleLayout, format_size, parse_size, round_up
+from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, flash_file_names, write_index
+
+logger = logging.get_logger(__name__)
+
+GATES_KEY = "hf_flash.gates"  # header metadata of gates.safetensors
+DEFAULT_SHARD = "5GB"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".partial")
+_MINE = ("config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A stock checkpoint, opened for repacking: nothing but headers is in memory."""
+
+    model: PreTrainedModel  # on the meta device
+    blocks: list[FFNBlock]
+    located: Located
+    files: list[Path]
+
+    @classmethod
+    def open(cls, model: PreTrainedModel, files: Sequence[Path]) -> Source:
+        """Find the FFN blocks of a model and their weights in its checkpoint, and prove that we compute them right.
+
+        Raises:
+            UnknownArchitectureError, BlockMismatchError: the model cannot be repacked, and why.
+            CheckpointError: a tensor is missing or stored in a way that cannot be bundled.
+        """
+        blocks = find_blocks(model)
+        check_blocks(model, blocks)
+        source = cls(model, blocks, locate(model, files), list(files))
+        for block in blocks:
+            for part in parts_of(block):
+                source.entry(part)
+        return source
+
+    def entry(self, part: Part) -> TensorEntry:
+        """Where a block's matrix is stored."""
+        found = self.located.by_param.get(part.key)
+        if found is not None:
+            return found
+        why = (
+            "transformers makes it out of several stored tensors, which cannot be bundled yet: load the model and "
+            "save_pretrained it with save_original_format=False, then repack that"
+            if part.key in self.located.merged
+            else f"none of its {len(self.files)} files has it: the checkpoint is incomplete, or of another model"
+        )
+        raise CheckpointError(f"{part.key} was not found in {self.files[0].parent}: {why}.")
+
+    def read(self, part: Part) -> torch.Tensor:
+        """A stored matrix, as it is stored."""
+        return read_tensor(self.entry(part))
+
+    def dtype_name(self, part: Part) -> str:
+        """Its dtype as safetensors names it."""
+        return self.entry(part).dtype
+
+    def n_bytes(self, block: FFNBlock) -> int:
+        """Bytes of a block's matrices, fused ones counted once."""
+        return sum(self.entry(p).n_bytes for p in {q.key: q for q in parts_of(block)}.values())
+
+    def layout(self, block: FFNBlock) -> BundleLayout:
+        """Geometry of a block's bundles, in the dtype that the checkpoint stores."""
+        names = {self.dtype_name(part) for part in parts_of(block)}
+        bad = names - set(DTYPES)
+        if bad:
+            raise CheckpointError(
+                f"{block.path} is stored as {', '.join(sorted(bad))}; FFN weights must be one of {', '.join(DTYPES)}. "
+                "A checkpoint that is quantized already cannot be repacked: start from the original weights."
+            )
+        dtype = next(iter(names)) if len(names) == 1 else "F32"
+        return BundleLayout(block.d_model, block.d_out, block.gate is not None, DTYPES[dtype])
+
+    def can_certify(self, block: FFNBlock) -> bool:
+        """Whether the block's activation is zero below a threshold."""
+        return zero_below(get_activation(self.model, block)) is not None
+
+    def identity(self) -> str:
+        """Hash that changes when the checkpoint does: names, sizes and times, or blob names in a Hub cache."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            real = path.resolve()
+            stat = real.stat()
+            digest.update(f"{path.name}|{real.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+        digest.update("\n".join(f"{b.path}:{b.family}" for b in self.blocks).encode())
+        return digest.hexdigest()
+
+
+class LoadedSource(Source):
+    """A model whose weights are in memory already; what is written from it belongs to this process alone."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> LoadedSource:
+        """Find the FFN blocks of a loaded model, and prove that we compute them right.
+
+        Raises:
+            UnknownArchitectureError, BlockMismatchError: the model cannot be patched, and why.
+        """
+        blocks = find_blocks(model)
+        check_blocks(model, blocks)
+        return cls(model, blocks, Located({}, {}, frozenset()), [])
+
+    def read(self, part: Part) -> torch.Tensor:
+        return self.model.get_parameter(part.key).detach().cpu()
+
+    def dtype_name(self, part: Part) -> str:
+        dtype = self.model.get_parameter(part.key).dtype
+        return DTYPE_NAMES.get(dtype, str(dtype))
+
+    def n_bytes(self, block: FFNBlock) -> int:
+        keys = {part.key for part in parts_of(block)}
+        return sum(p.numel() * p.element_size() for p in map(self.model.get_parameter, keys))
+
+    def identity(self) -> str:
+        return uuid.uuid4().hex
+
+
+def parts_of(block: FFNBlock) -> list[Part]:
+    """The matrices of a block that are there."""
+    return [part for part in (block.gate, block.up, block.down) if part is not None]
+
+
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a config describes, on the meta device: structure without weights.
+
+    Raises:
+        UnknownArchitectureError: transformers has no class of that name.
+    """
+    names = list(getattr(config, "architectures", None) or [])
+    with torch.device("meta"):
+        for name in names:
+            cls = getattr(transformers, name, None)
+            if cls is not None:
+                model: PreTrainedModel = cls(config)
+                return model
+        if trust_remote_code or not names:
+            out: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+            return out
+    raise UnknownArchitectureError(
+        f"transformers {transformers.__version__} has no model class {' or '.join(names)}. If the repo brings its own "
+        "code, pass trust_remote_code=True (--trust-remote-code)."
+    )
+
+
+def repack(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    gate_bits: int = 8,
+    max_shard_size: int | str = DEFAULT_SHARD,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Repack a stock checkpoint into a flash checkpoint folder.
+
+    Args:
+        model: a folder, or the name of a Hub repo.
+        output: folder to write; an interrupted run's is continued.
+        gate_bits: bits of the certified gate's sketch, 4 to 8.
+        max_shard_size: bytes of a flash file at most, a layer at least.
+        revision, token, trust_remote_code: as in from_pretrained.
+        progress: show a bar.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FlashError: what is wrong with the source, the disk or the arguments, and what to do.
+    """
+    from hf_flash import hub  # noqa: PLC0415
+
+    gate_bits = FlashConfig(gate_bits=gate_bits).gate_bits
+    folder = hub.local_folder(model, revision=revision, token=token)
+    output = Path(output)
+    _check_folders(folder, output)
+    raw_config = load_json(folder / "config.json")
+    if raw_config.get("quantization_config"):
+        method = raw_config["quantization_config"].get("quant_method")
+        word = "a flash checkpoint already" if method == "hf_flash" else f"quantized with {method!r}"
+        raise CheckpointError(f"{model} is {word}. Repack the original weights instead.")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder))
+    output.mkdir(parents=True, exist_ok=True)
+    limit = parse_size(max_shard_size)
+    n_bytes = sum(e.n_bytes for e in source.located.by_key.values())
+    _check_room(output, n_bytes, source, gate_bits)
+    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking", disable=not progress) as bar:
+        write_flash(source, output, gate_bits, limit, bar)
+        _write_resident(source, output, limit, bar)
+    _copy_side_files(folder, output)
+    raw_config["quantization_config"] = {
+        **FlashConfig(gate_bits=gate_bits).to_dict(),
+        "ffn": describe(source),
+    }
+    with atomic_text(output / "config.json") as text:
+        text.append(json.dumps(raw_config, indent=2) + "\n")
+    card.write_card(output, folder, str(model), raw_config["quantization_config"]["ffn"])
+    return output
+
+
+def _check_folders(folder: Path, output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; give the name of a folder to write.")
+    if output.resolve() == folder.resolve():
+        raise CheckpointError(f"{output} is the source itself; give another folder, nothing is repacked in place.")
+    if (output / "config.json").is_file():
+        method = load_json(output / "config.json").get("quantization_config", {}).get("quant_method")
+        if method != "hf_flash":
+            raise CheckpointError(f"{output} holds another checkpoint; give a new or an empty folder.")
+
+
+def _check_room(output: Path, n_bytes: int, source: Source, gate_bits: int) -> None:
+    needed = int(n_bytes * 1.02) + sum(
+        b.d_ffn * b.d_model * gate_bits // 7 for b in source.blocks if source.can_certify(b)
+    )
+    have = shutil.disk_usage(output).free + sum(f.stat().st_size for f in output.iterdir() if f.is_file())
+    if have < needed:
+        raise DiskFullError(
+            f"No room in {output}: the repacked checkpoint takes about {format_size(needed)}, {format_size(have)} are "
+            "free. Free some space or choose another folder, then run the same command again."
+        )
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Geometry for config.json: what a reader of the repo wants to know without opening a file."""
+    block = source.blocks[0]
+    return {
+        "n_layers": len(source.blocks), "family": block.family, "gated": block.gate is not None,
+        "d_model": block.d_model, "d_ffn": block.d_ffn, "dtype": DTYPE_NAMES[source.layout(block).dtype],
+        "row_bytes": source.layout(block).row_bytes, "certified": source.can_certify(block),
+        "flash_bytes": sum(b.d_ffn * source.layout(b).row_bytes for b in source.blocks),
+    }  # fmt: skip
+
+
+def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: int, bar: Any) -> list[Path]:
+    """Write the flash files, the sketches and, last, the index that makes them complete.
+
+    Returns:
+        The files written, gates.safetensors among them where there are sketches.
+    """
+    shards = _shards(source, max_shard_bytes)
+    identity = f"{source.identity()}-{gate_bits}"
+    weight_map: dict[str, str] = {}
+    written: list[Path] = []
+    with _gates_writer(source, output, gate_bits, identity) as gates:
+        for number, blocks in enumerate(shards, start=1):
+            path = output / f"flash-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map.update({tensor_name(block): path.name for block in blocks})
+            _write_shard(source, blocks, path, identity, gates, gate_bits, bar)
+            written.append(path)
+        if gates is not None:
+            written.append(gates.finish())
+    write_index(output, weight_map, sum(p.stat().st_size for p in written))
+    return written
+
+
+def tensor_name(block: FFNBlock) -> str:
+    """Name of a block's bundles in the flash files."""
+    return f"{block.path}.bundles"
+
+
+def _shards(source: Source, limit: int) -> list[list[FFNBlock]]:
+    shards: list[list[FFNBlock]] = [[]]
+    size = 0
+    for block in source.blocks:
+        n = block.d_ffn * source.layout(block).row_bytes
+        if shards[-1] and size + n > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(block)
+        size += n
+    return shards
+
+
+def _write_shard(
+    source: Source, blocks: list[FFNBlock], path: Path, identity: str,
+    gates: TensorFileWriter | None, gate_bits: int, bar: Any,
+) -> None:  # fmt: skip
+    geometry = {}
+    specs = []
+    for block in blocks:
+        layout = source.layout(block)
+        geometry[tensor_name(block)] = {
+            "index": block.index, "module": block.path, "n_neurons": block.d_ffn, "d_model": block.d_model,
+            "d_out": block.d_out, "gated": layout.gated, "dtype": DTYPE_NAMES[layout.dtype],
+        }  # fmt: skip
+        run = max(1, RUN_BYTES // layout.row_bytes) * layout.row_bytes
+        specs.append(
+            TensorSpec(tensor_name(block), "U8", (block.d_ffn, layout.row_bytes), block.d_ffn * layout.row_bytes, run)
+        )
+    if _is_complete(path, identity) and (gates is None or all(f"{b.path}.sketch.norm" in gates.done for b in blocks)):
+        bar.update(sum(source.n_bytes(b) for b in blocks))
+        return
+    metadata = {LAYERS_KEY: json.dumps(geometry), "hf_flash.source": identity}
+    with contextlib.closing(TensorFileWriter(path, specs, metadata, aligned=True, identity=identity)) as writer:
+        for block in blocks:
+            stored: dict[str, torch.Tensor] = {}
+            _write_block(source, block, writer, gates, gate_bits, stored)
+            bar.update(source.n_bytes(block))
+        writer.finish()
+
+
+def _is_complete(path: Path, identity: str) -> bool:
+    """Whether a finished file from the same source is there (a run was interrupted after it)."""
+    from hf_flash.format import read_header  # noqa: PLC0415
+
+    if not path.is_file():
+        return False
+    try:
+        return read_header(path).metadata.get("hf_flash.source") == identity
+    except CheckpointError:
+        return False
+
+
+def _write_block(
+    source: Source, block: FFNBlock, writer: TensorFileWriter, gates: TensorFileWriter | None, gate_bits: int,
+    stored: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    layout = source.layout(block)
+    sketched = gates is not None and source.can_certify(block)
+    todo_sketch = sketched and gates is not None and f"{block.path}.sketch.norm" not in gates.done
+    if tensor_name(block) in writer.done and not todo_sketch:
+        return
+
+    def matrix(part: Part) -> torch.Tensor:
+        if part.key not in stored:
+            stored[part.key] = source.read(part)
+        return part.weight_of(stored[part.key])
+
+    gate = None if block.gate is None else matrix(block.gate)
+    up = matrix(block.up)
+    if tensor_name(block) not in writer.done:
+        rows = layout.pack(up, matrix(block.down).t(), gate)
+        writer.write(tensor_name(block), memoryview(rows.numpy()))
+        del rows
+    if todo_sketch and gates is not None:
+        sketch = Sketch.of(up if gate is None else gate, gate_bits, seed=block.index)
+        for name, tensor in sketch.tensors().items():  # norm comes last and stands for all
+            gates.write(f"{block.path}.sketch.{name}", memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+
+
+@contextlib.contextmanager
+def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Iterator[TensorFileWriter | None]:
+    blocks = [block for block in source.blocks if source.can_certify(block)]
+    if not blocks:
+        yield None
+        return
+    specs = []
+    for block in blocks:
+        groups = round_up(block.d_model, GROUP) // GROUP
+        n, name = block.d_ffn, f"{block.path}.sketch"
+        specs += [
+            TensorSpec(f"{name}.codes", "U8", (n, groups * 8 * bits), n * groups * 8 * bits),
+            TensorSpec(f"{name}.step", "BF16", (n, groups), 2 * n * groups),
+            TensorSpec(f"{name}.error", "BF16", (n, groups), 2 * n * groups),
+            TensorSpec(f"{name}.norm", "F32", (n,), 4 * n),
+        ]
+    kinds = {b.path: {"kind": "sketch", "bits": bits, "d_model": b.d_model} for b in blocks}
+    metadata = {GATES_KEY: json.dumps(kinds), "hf_flash.source": identity}
+    with contextlib.closing(TensorFileWriter(output / GATES_NAME, specs, metadata, identity=identity)) as writer:
+        yield writer
+
+
+def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> None:
+    """Everything that is not on flash, byte for byte under its stock name, and a guard for each name that is."""
+    ffn = {source.entry(part).name: source.entry(part) for block in source.blocks for part in parts_of(block)}
+    shards: list[list[TensorSpec]] = [[TensorSpec(name, e.dtype, (0,), 0) for name, e in ffn.items()]]
+    size = 0
+    for name, entry in source.located.by_key.items():
+        if name in ffn:
+            continue
+        if size and size + entry.n_bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(TensorSpec(name, entry.dtype, entry.shape, entry.n_bytes))
+        size += entry.n_bytes
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    identity = source.identity()
+    for name, specs in zip(names, shards, strict=True):
+        n_bytes = sum(spec.n_bytes for spec in specs)
+        if _is_complete(output / name, identity):
+            bar.update(n_bytes)
+            continue
+        metadata = {"hf_flash.source": identity}
+        with contextlib.closing(TensorFileWriter(output / name, specs, metadata, identity=identity)) as writer:
+            for spec in specs:
+                if spec.n_bytes and spec.name not in writer.done:
+                    _copy_raw(source.located.by_key[spec.name], writer)
+                bar.update(spec.n_bytes)
+            writer.finish()
+    if len(shards) > 1:
+        weight_map = {spec.name: name for name, specs in zip(names, shards, strict=True) for spec in specs}
+        index = {"metadata": {"total_size": sum(s.n_bytes for specs in shards for s in specs)}, "weight_map": weight_map}
+        with atomic_text(output / "model.safetensors.index.json") as text:
+            text.append(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_raw(entry: TensorEntry, writer: TensorFileWriter) -> None:
+    """Copy one tensor's bytes, through a mapping that the kernel may reclaim."""
+    with open(entry.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        view = memoryview(mapped)
+        with view, view[entry.start : entry.start + entry.n_bytes] as data:
+            writer.write(entry.name, data)
+
+
+def _copy_side_files(folder: Path, output: Path) -> None:
+    """Tokenizer, generation config, chat template, code: whatever is neither weights nor ours to write."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name not in _MINE and path.name[0] != ".":
+            temporary = output / (path.name + ".partial")
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, output / path.name)
+    if (folder / "chat_templates").is_dir():
+        shutil.copytree(folder / "chat_templates", output / "chat_templates", dirs_exist_ok=True)
+
+
+def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig, name: str) -> Path:
+    """The flash side of a stock checkpoint, from the cache folder; made there on first use.
+
+    Args:
+        model: the stock model on the meta device.
+        files: its safetensors files.
+        config: gate_bits and cache_dir are used.
+        name: of the model, for the folder's name.
+
+    Returns:
+        A folder with flash files, sketches and index. Resident tensors stay in the stock files.
+    """
+    from filelock import FileLock  # noqa: PLC0415
+
+    assert isinstance(model, PreTrainedModel)
+    source = Source.open(model, files)
+    root = Path(config.cache_dir) if config.cache_dir else default_cache()
+    leaf = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) or "model"
+    folder = root / f"{leaf}-{source.identity()[:16]}-{config.gate_bits}bit"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        with contextlib.suppress(CheckpointError):
+            if all((folder / name).is_file() for name in flash_file_names(folder)):
+                return folder
+        n_bytes = sum(source.n_bytes(block) for block in source.blocks)
+        logger.warning_once(f"Repacking {name} for flash, once, into {folder}.")
+        _check_room(folder, n_bytes, source, config.gate_bits)
+        with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking") as bar:
+            write_flash(source, folder, config.gate_bits, parse_size(DEFAULT_SHARD), bar)
+    return folder
+
+
+def default_cache() -> Path:
+    """Where stock checkpoints are repacked to: HF_FLASH_CACHE, else a folder in the Hugging Face cache."""
+    from huggingface_hub import constants  # noqa: PLC0415
+
+    return Path(os.environ.get("HF_FLASH_CACHE") or Path(constants.HF_HOME) / "hf_flash")

@@ -1,0 +1,101 @@
+"""save_pretrained of a model on flash: a flash checkpoint that loads again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from hf_flash import card
+from hf_flash.attach import FlashRuntime
+from hf_flash.errors import FlashError
+from hf_flash.store import DTYPE_NAMES, GATES_NAME, write_index
+
+
+def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """PreTrainedModel.save_pretrained, with the flash files written beside what it saves.
+
+    Takes the same arguments; also what `push_to_hub` calls.
+    """
+    quantizer = self.hf_quantizer
+    quantizer.saving.folder = os.fspath(save_directory)
+    try:
+        type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    finally:
+        quantizer.saving.folder = None
+
+
+def runtime_of(model: torch.nn.Module) -> FlashRuntime:
+    """The flash side of a model.
+
+    Raises:
+        FlashError: the model does not run from flash.
+    """
+    runtime = getattr(model, "_hf_flash", None)
+    if runtime is None:
+        inner = getattr(model, "model", None)
+        runtime = getattr(inner, "_hf_flash", None) if inner is not None else None
+    if not isinstance(runtime, FlashRuntime):
+        raise FlashError(
+            f"This {type(model).__name__} does not run from flash. Load it with quantization_config=FlashConfig(...) or "
+            "call hf_flash.patch(model, memory=...) first."
+        )
+    return runtime
+
+
+def state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Resident tensors, streamed ones as views of their files, and a 0-element guard under each replaced name."""
+    runtime = runtime_of(model)
+    out = dict(model.state_dict())
+    for path in runtime.plan.streamed:
+        assert runtime.located is not None
+        entry = runtime.located.by_param[f"{path}.weight"]
+        with safe_open(entry.path, framework="pt") as file:
+            out[f"{path}.weight"] = file.get_tensor(entry.name)
+    for block in runtime.blocks:
+        for part in (block.gate, block.up, block.down):
+            if part is not None:
+                out[part.key] = torch.empty(0, dtype=model.dtype)
+    return out
+
+
+def write_flash_side(model: PreTrainedModel, folder: Path) -> None:
+    """Put the flash files into a folder: hard links where the file system allows, copies elsewhere."""
+    runtime = runtime_of(model)
+    assert runtime.store is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in runtime.files.items():
+        _link(path, folder / name)
+    if runtime.gates_file is not None:
+        _link(runtime.gates_file, folder / GATES_NAME)
+    weight_map = {layer.rows.name: layer.file_name for layer in runtime.store.layers.values()}
+    sizes = sum((folder / name).stat().st_size for name in runtime.files)
+    write_index(folder, weight_map, sizes)
+    layer = next(iter(runtime.store.layers.values()))
+    ffn = {
+        "n_layers": len(runtime.store.layers), "d_model": layer.layout.d_model, "d_ffn": layer.n_neurons,
+        "dtype": DTYPE_NAMES[layer.layout.dtype], "row_bytes": layer.layout.row_bytes, "flash_bytes": sizes,
+        "certified": runtime.gates_file is not None,
+    }  # fmt: skip
+    name = str(model.config.name_or_path)
+    source = Path(name) if Path(name).is_dir() else folder / "nowhere"
+    if not (folder / "README.md").exists():
+        card.write_card(folder, source, name or "model", ffn)
+
+
+def _link(source: Path, target: Path) -> None:
+    real = source.resolve()
+    if target.exists() and target.resolve() == real:
+        return
+    temporary = target.with_name(target.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(real, temporary)
+    except OSError:  # another file system
+        shutil.copyfile(real, temporary)
+    os.replace(temporary, target)

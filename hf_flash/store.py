@@ -1,0 +1,215 @@
+"""The flash side: an open flash checkpoint, and reads of bundles from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_flash.errors import CheckpointError, ChecksumError
+from hf_flash.format import TensorEntry, TensorFile, read_header
+from hf_flash.layout import BundleLayout
+from hf_flash.memory import view_bytes
+from hf_flash.plan import IntArray, extents
+from hf_flash.readers import Read, Reader, Ticket
+
+INDEX_NAME = "flash.safetensors.index.json"
+GATES_NAME = "gates.safetensors"
+LAYERS_KEY = "hf_flash.layers"  # header metadata: geometry of the layers in a flash file
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent2D:
+    """Rows that lie one after the other in a file: the unit that is streamed.
+
+    Attributes:
+        name: tensor name.
+        file: reader's handle.
+        start: byte offset of row 0.
+        n_rows, row_bytes: shape.
+    """
+
+    name: str
+    file: int
+    start: int
+    n_rows: int
+    row_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashLayer:
+    """One FFN on flash: where its bundles lie and how a bundle is laid out."""
+
+    index: int
+    path: str  # module path in the model, "model.layers.0.mlp"
+    rows: Extent2D
+    layout: BundleLayout
+    file_name: str
+
+    @property
+    def n_neurons(self) -> int:
+        return self.rows.n_rows
+
+
+class FlashStore:
+    """An open flash checkpoint: layers by module path, read through one reader.
+
+    Args:
+        files: flash files by name, as the index lists them.
+        reader: what reads them.
+
+    Raises:
+        CheckpointError: a file is missing, torn or truncated, or holds no bundles.
+    """
+
+    def __init__(self, files: Mapping[str, Path], reader: Reader) -> None:
+        self.reader = reader
+        self.layers: dict[str, FlashLayer] = {}
+        self.files = dict(files)
+        for file_name, path in self.files.items():
+            header = read_header(path)
+            _spot_check(header)
+            for name, geometry in _layers_of(header).items():
+                layer = self._layer(header.entries[name], geometry, file_name)
+                self.layers[layer.path] = layer
+
+    @classmethod
+    def open_folder(cls, folder: Path, reader: Reader) -> FlashStore:
+        """Open the flash files that a folder's index names."""
+        return cls({name: folder / name for name in flash_file_names(folder)}, reader)
+
+    def _layer(self, entry: TensorEntry, geometry: dict[str, Any], file_name: str) -> FlashLayer:
+        layout = BundleLayout(
+            geometry["d_model"], geometry["d_out"], geometry["gated"], DTYPES[geometry["dtype"]]
+        )
+        n_rows, row_bytes = entry.shape
+        if row_bytes != layout.row_bytes or n_rows != geometry["n_neurons"]:
+            raise CheckpointError(
+                f"{entry.path}: tensor {entry.name} is {list(entry.shape)}, its geometry says "
+                f"[{geometry['n_neurons']}, {layout.row_bytes}]. Repack the checkpoint."
+            )
+        rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, n_rows, row_bytes)
+        return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name)
+
+    def submit_rows(
+        self, layer: FlashLayer, rows: IntArray, targets: torch.Tensor, slots: IntArray, max_gap_rows: int = 0
+    ) -> tuple[Ticket, int, int]:
+        """Start reading bundles straight into their slots.
+
+        A neuron's matrices lie side by side, so it costs one read ("LLM in a flash", §3.2); neighbours share one.
+
+        Args:
+            layer: whose bundles.
+            rows: [n] neurons, sorted, unique.
+            targets: [n_slots, row_bytes] uint8, page-aligned.
+            slots: [n], where in `targets` each goes.
+            max_gap_rows: unwanted rows that one read may skip over.
+
+        Returns:
+            The ticket to wait for, bytes requested, and the number of reads.
+        """
+        view, size, start = view_bytes(targets), layer.rows.row_bytes, layer.rows.start
+        reads: list[Read] = []
+        n_bytes = 0
+        for i, j in extents(rows, max_gap_rows):
+            buffers: list[memoryview] = []
+            previous = int(rows[i]) - 1
+            for row, slot in zip(rows[i:j].tolist(), slots[i:j].tolist(), strict=True):
+                if row > previous + 1:
+                    buffers.append(memoryview(bytearray((row - previous - 1) * size)))
+                buffers.append(view[slot * size : (slot + 1) * size])
+                previous = row
+            length = (int(rows[j - 1]) - int(rows[i]) + 1) * size
+            reads.append(Read(layer.rows.file, start + int(rows[i]) * size, buffers))
+            n_bytes += length
+        return self.reader.submit(reads), n_bytes, len(reads)
+
+    def read_rows(self, layer: FlashLayer, rows: IntArray) -> torch.Tensor:
+        """Read some bundles into new memory: the plain way, for tests and tools.
+
+        Returns:
+            [n, row_bytes] uint8.
+        """
+        out = torch.empty(len(rows), layer.rows.row_bytes, dtype=torch.uint8)
+        view = view_bytes(out.view(-1))
+        size = layer.rows.row_bytes
+        self.reader.read(
+            [
+                Read(layer.rows.file, layer.rows.start + row * size, [view[i * size : (i + 1) * size]])
+                for i, row in enumerate(rows.tolist())
+            ]
+        )
+        return out
+
+    def close(self) -> None:
+        self.reader.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlashStore:
+        return self
+
+
+def flash_file_names(folder: Path) -> list[str]:
+    """Names of a folder's flash files, from its index.
+
+    Raises:
+        CheckpointError: no index, or it does not parse.
+    """
+    return names_in_index(folder / INDEX_NAME)
+
+
+def names_in_index(path: Path) -> list[str]:
+    """File names in an index, in order, each once."""
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: {path.parent} is no flash checkpoint, or an incomplete one. "
+            f"Make one with `hf-flash repack MODEL {path.parent}`."
+        ) from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{path} does not parse ({error}). Fetch it again, or repack the checkpoint.") from error
+    return list(dict.fromkeys(weight_map.values()))
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write the index that lists every flash tensor and its file."""
+    text = json.dumps({"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}, indent=2) + "\n"
+    partial = folder / (INDEX_NAME + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, folder / INDEX_NAME)
+
+
+def _layers_of(header: TensorFile) -> dict[str, dict[str, Any]]:
+    raw = header.metadata.get(LAYERS_KEY)
+    if raw is None:
+        raise CheckpointError(f"{header.path} holds no bundles (no {LAYERS_KEY} in its header). Repack the checkpoint.")
+    layers: dict[str, dict[str, Any]] = json.loads(raw)
+    return layers
+
+
+def _spot_check(header: TensorFile, n_runs: int = 1) -> None:
+    """Compare the last run of the file with its checksum: cheap, and a torn end is where copies break off.
+
+    Raises:
+        ChecksumError: it differs.
+    """
+    named: Sequence[TensorEntry] = [e for e in header.entries.values() if e.name in header.checksums and e.n_bytes]
+    for entry in sorted(named, key=lambda e: e.start)[-n_runs:]:
+        run_bytes, crcs = header.checksums[entry.name]
+        start = (len(crcs) - 1) * run_bytes
+        with open(header.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            data = os.pread(file.fileno(), entry.n_bytes - start, entry.start + start)
+        if zlib.crc32(data) != crcs[-1]:
+            raise ChecksumError(
+                f"{header.path}: the last bytes differ from their checksum; the file is torn. Fetch it again, or "
+                "repack; `hf-flash verify` lists every damaged place."
+            )

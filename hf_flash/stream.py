@@ -1,0 +1,198 @@
+"""Rows in large extents, in order, with the next ones under way: how whole layers pass through little DRAM.
+
+A ring of a few chunk buffers is kept full. While the caller computes on one chunk the others are being read, across
+the border from one layer into the next, so the flash never waits for the arithmetic. Which unit follows which is
+learned from what was asked last time: decoders repeat their layers, encoder-decoders do so after a first pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hf_flash.layout import DATA_ALIGN, round_up
+from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.readers import Read, Reader, Ticket
+from hf_flash.stats import FlashStats
+from hf_flash.store import Extent2D
+
+Chunk = tuple[int, int]  # (unit, number of the chunk in it)
+
+
+@dataclasses.dataclass
+class _Pending:
+    chunk: Chunk
+    buffer: torch.Tensor
+    ticket: Ticket
+    rows: torch.Tensor  # [n, row_bytes] view into buffer
+
+
+class Stream:
+    """The ring, its owner and its order.
+
+    Args:
+        reader: what reads.
+        chunk_bytes: upper bound of a chunk (one row at least).
+        n_buffers: chunks in flight or in use.
+        stats: where bytes and waits are counted.
+    """
+
+    def __init__(self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats) -> None:
+        self._reader, self._stats, self.chunk_bytes = reader, stats, chunk_bytes
+        self._free: list[torch.Tensor] = []
+        self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
+        self._units: list[Extent2D] = []
+        self._first: dict[int, int] = {}  # rows of a unit that are pinned and no longer streamed
+        self._order: list[int] = []
+        self._next: dict[int, int] = {}
+        self._last: int | None = None
+        self._pending: deque[_Pending] = deque()
+        self.lock = threading.RLock()
+
+    def add(self, unit: Extent2D) -> int:
+        """Register rows to be streamed, in the order in which a forward pass asks for them; returns the unit's number.
+
+        Raises nothing; memory for the ring is taken when the first chunk is asked for.
+        """
+        self._units.append(unit)
+        size = self.chunk_rows(len(self._units) - 1) * unit.row_bytes + 2 * DATA_ALIGN
+        self._buffer_bytes = max(self._buffer_bytes, round_up(size, DATA_ALIGN))
+        self._order.append(len(self._units) - 1)
+        self._relink()
+        return len(self._units) - 1
+
+    def _relink(self) -> None:
+        self._next = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
+
+    def chunk_rows(self, unit: int) -> int:
+        """Rows in one chunk of a unit."""
+        rows = self._units[unit]
+        return min(rows.n_rows, max(1, self.chunk_bytes // rows.row_bytes))
+
+    def pin_first(self, unit: int, n_rows: int) -> None:
+        """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them from now on."""
+        with self.lock:
+            assert n_rows % self.chunk_rows(unit) == 0 or n_rows == self._units[unit].n_rows
+            self._drop_pending()
+            self._first[unit] = n_rows
+            if n_rows == self._units[unit].n_rows and unit in self._order:
+                self._order.remove(unit)
+                self._relink()
+
+    @property
+    def ring_bytes(self) -> int:
+        """DRAM that the ring takes."""
+        return self._buffer_bytes * self._n_buffers
+
+    @contextlib.contextmanager
+    def unit(self, unit: int) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+        """Iterate over the chunks of a unit; the stream is this thread's until the block ends.
+
+        Yields:
+            An iterator of (start, stop, rows): rows[start:stop] of the unit as [stop - start, row_bytes] uint8, valid
+            until the next step.
+
+        Raises:
+            ReadError: a read failed; the stream is usable again afterwards.
+        """
+        with self.lock:
+            if self._last is not None and unit in self._next:
+                self._next[self._last] = unit
+            self._last = unit if unit in self._next else self._last
+            chunks = self._chunks(unit)
+            try:
+                yield chunks
+            finally:
+                chunks.close()
+
+    def _chunks(self, unit: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        step, n_rows = self.chunk_rows(unit), self._units[unit].n_rows
+        for start in range(self._first.get(unit, 0), n_rows, step):
+            pending = self._take((unit, start // step))
+            try:
+                t0 = time.perf_counter()
+                pending.ticket.wait()
+                self._stats.add(wait_s=time.perf_counter() - t0)
+                yield start, start + pending.rows.shape[0], pending.rows
+            finally:
+                pending.ticket.settle()
+                self._free.append(pending.buffer)
+                self._refill()
+
+    def _take(self, chunk: Chunk) -> _Pending:
+        if not any(p.chunk == chunk for p in self._pending):
+            self._drop_pending()
+            self._schedule(chunk)
+        while self._pending[0].chunk != chunk:
+            self._recycle(self._pending.popleft())
+        taken = self._pending.popleft()
+        if not self._pending:
+            self._schedule(self._following(chunk))
+        self._refill()
+        return taken
+
+    def _refill(self) -> None:
+        while self._pending and self._free:
+            self._schedule(self._following(self._pending[-1].chunk))
+
+    def _following(self, chunk: Chunk) -> Chunk:
+        unit, number = chunk
+        if (number + 1) * self.chunk_rows(unit) < self._units[unit].n_rows:
+            return unit, number + 1
+        after = self._next.get(unit, unit)
+        return after, self._first.get(after, 0) // self.chunk_rows(after)
+
+    def _schedule(self, chunk: Chunk) -> None:
+        if not self._free and len(self._pending) < self._n_buffers:
+            self._allocate()
+        if not self._free:
+            return
+        unit, step = self._units[chunk[0]], self.chunk_rows(chunk[0])
+        first = chunk[1] * step
+        n = min(step, unit.n_rows - first)
+        begin = unit.start + first * unit.row_bytes
+        aligned = begin // DATA_ALIGN * DATA_ALIGN
+        need = begin - aligned + n * unit.row_bytes
+        buffer = self._free.pop()
+        length = round_up(need, DATA_ALIGN)
+        ticket = self._reader.submit(_split_read(unit.file, aligned, view_bytes(buffer)[:length], need))
+        self._stats.add(bytes_read=length, n_reads=1)
+        rows = buffer[begin - aligned : need].view(n, unit.row_bytes)
+        self._pending.append(_Pending(chunk, buffer, ticket, rows))
+
+    def _allocate(self) -> None:
+        if not self._pending:  # nothing allocated yet, or everything is free
+            self._free = [aligned_empty(self._buffer_bytes) for _ in range(self._n_buffers)]
+
+    def _drop_pending(self) -> None:
+        while self._pending:
+            self._recycle(self._pending.popleft())
+
+    def _recycle(self, pending: _Pending) -> None:
+        pending.ticket.settle()  # the device may still be writing into the buffer
+        self._free.append(pending.buffer)
+
+    def release(self) -> None:
+        """Give the ring's memory back; the next use takes it again."""
+        with self.lock:
+            self._drop_pending()
+            self._free = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        return self
+
+
+def _split_read(file: int, offset: int, view: memoryview, need: int, part: int = 1 << 20) -> list[Read]:
+    """One extent as reads of at most `part` bytes, so that several threads share it."""
+    reads = []
+    for at in range(0, len(view), part):
+        piece = view[at : at + part]
+        reads.append(Read(file, offset + at, [piece], max(1, min(len(piece), need - at))))
+    return reads
