@@ -30,6 +30,7 @@ from hf_flash.format import TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear
+from hf_flash.memory import trim_malloc
 from hf_flash.readers import open_reader
 from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, Extent2D, FlashStore
@@ -115,9 +116,9 @@ def demand_of(
     size = model.dtype.itemsize
     ffn_keys = {part.key for b in blocks for part in (b.gate, b.up, b.down) if part is not None}
     matrices = _matrices(model, ffn_keys, located)
-    movable = {f"{m.path}.weight" for m in matrices}
+    elsewhere = ffn_keys | {f"{m.path}.weight" for m in matrices} | set(model.all_tied_weights_keys)
     fixed = sum(
-        p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in ffn_keys and n not in movable
+        p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in elsewhere
     ) + sum(b.numel() * b.element_size() for b in model.buffers())
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
@@ -247,7 +248,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
             if layer.index == 0:
-                module.stats = stats
+                module.stats, module.trim_once = stats, True
         elif isinstance(module, (FlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
     logger.info(
@@ -304,6 +305,7 @@ def make_resident(model: PreTrainedModel) -> None:
         if key not in copies:
             copies[key] = tensor.data.clone()
         tensor.data = copies[key]
+    trim_malloc()
 
 
 def plan_for(

@@ -16,7 +16,7 @@ from hf_flash.layout import format_size, round_up
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 N_BUFFERS = 4
-RUNTIME_BYTES = 24 << 20  # threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md
+RUNTIME_BYTES = 18 << 20  # modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 64 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
+    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 256 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
         if plan is not None:

@@ -18,10 +18,8 @@ from hf_flash.memory import aligned_empty
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
-from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.store import MAX_GAP_BYTES, FlashLayer, FlashStore
 from hf_flash.window import Window
-
-MAX_GAP_BYTES = 8 << 10  # bridging a gap this long costs a device less than another read
 
 
 @dataclasses.dataclass
@@ -92,9 +90,13 @@ class NeuronCache:
             wanted = neurons[missing]
             self._slot_of[wanted] = free
             self._neuron_of[free] = wanted
-            ticket, n_bytes, n_reads = self._store.submit_rows(
-                self.layer, wanted, self.rows, free, self.max_gap_rows
-            )
+            try:
+                ticket, n_bytes, n_reads = self._store.submit_rows(
+                    self.layer, wanted, self.rows, free, self.max_gap_rows
+                )
+            except BaseException:  # Ctrl-C too: nothing will fill them
+                self._drop(free)
+                raise
             self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
         self.window.use(slots)
         n_hit = len(neurons) - len(missing)

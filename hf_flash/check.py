@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hf_flash.errors import BlockMismatchError, UnknownArchitectureError
-from hf_flash.families import DOCS, FFNBlock, get_activation, install, match_block, other_leaves
+from hf_flash.families import DOCS, Dense, FFNBlock, Part, get_activation, install, match_block, other_leaves
 from hf_flash.ops import dense_ffn
 
 _N_NEURONS = 48
@@ -28,7 +28,7 @@ _SEED = 20
 _SCALES = (0.3, 3.0, 30.0)
 _TOLERANCE = 1e-5  # of the largest output; float32 rounds at 6e-8
 # Attributes of a block that may hold its number of neurons, and those that do not change what it computes.
-_SIZE_NAMES = ("inter", "ffn", "hidden", "proj_dim")
+_SIZE_NAMES = ("inter", "ffn", "proj_dim")
 _POSITIONS = {"layer_idx", "layer_id", "layer_index", "layer_num", "training"}
 
 
@@ -59,8 +59,7 @@ def check_block(model: nn.Module, block: FFNBlock) -> None:
 
     Raises:
         BlockMismatchError: they differ, the block holds parts that a swap would lose, or its copy could not
-            be run;
-            names the class, the largest error and the docs page.
+            be run; names the class, the largest error and the docs page.
     """
     owner = model.get_submodule(block.owner)
     try:
@@ -72,11 +71,12 @@ def check_block(model: nn.Module, block: FFNBlock) -> None:
     if not block.inline and (lost := other_leaves(owner, block, block.owner)):
         raise _refusal(block, f"it holds more than its matrices and activation: {', '.join(lost[:8])}")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.manual_seed(_SEED)
+        torch.default_generator.manual_seed(_SEED)  # torch.manual_seed would touch the accelerator's too
         small = _small_copy(owner, block)
         small_block = match_block(small, "layer")
+        assert small_block is not None and small_block.family == block.family
         model_copy = nn.ModuleDict({"layer": small})
-        reference = _reference(model_copy, small_block)
+        reference = _Reference(model_copy, small_block)
         x, residual = _draw(2, 2, 5, block.d_model)
         try:
             expected = _run(small, block, x, residual)
@@ -93,24 +93,26 @@ def check_block(model: nn.Module, block: FFNBlock) -> None:
 
 
 class _Reference(nn.Module):
-    """Our formula over given matrices, as a module that `install` accepts."""
+    """Our formula over a block's matrices, as a module that `install` accepts."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor | None], act: nn.Module) -> None:
+    def __init__(self, model: nn.Module, block: FFNBlock) -> None:
         super().__init__()
-        self.tensors, self.act = tensors, act
+        self.act = get_activation(model, block)
+        self.gate, self.gate_bias = _tensors(model, block.gate)
+        self.up, self.up_bias = _tensors(model, block.up)
+        self.down, self.down_bias = _tensors(model, block.down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dense_ffn(x, act=self.act, **self.tensors)
+        assert self.up is not None and self.down is not None
+        biases = {"up_bias": self.up_bias, "gate_bias": self.gate_bias, "down_bias": self.down_bias}
+        return dense_ffn(x, self.up, self.down, self.act, self.gate, **biases)
 
 
-def _reference(model: nn.Module, block: FFNBlock) -> _Reference:
-    tensors = {}
-    for name in ("gate", "up", "down"):
-        part = getattr(block, name)
-        if part is not None:
-            tensors[name] = part.weight_of(model.get_parameter(part.key))
-            tensors[name + "_bias"] = part.bias_of(model.get_parameter(part.bias) if part.bias else None)
-    return _Reference(tensors, get_activation(model, block))
+def _tensors(model: nn.Module, part: Part | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if part is None:
+        return None, None
+    bias = model.get_parameter(part.bias) if part.bias else None
+    return part.weight_of(model.get_parameter(part.key)), part.bias_of(bias)
 
 
 def _run(owner: nn.Module, block: FFNBlock, x: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
@@ -123,7 +125,7 @@ def _run(owner: nn.Module, block: FFNBlock, x: torch.Tensor, residual: torch.Ten
         if unknown := [name for name in wanted if not (block.takes_residual and name == "residual")]:
             raise _refusal(block, f"its forward wants more than hidden states: {', '.join(unknown)}")
         return [_first_tensor(owner(x, residual) if block.takes_residual else owner(x), block)]
-    arguments = {name: x if name.endswith("hidden_states") else None for name in wanted}
+    arguments: dict[str, object] = {n: x if n.endswith("hidden_states") else None for n in wanted}
     if "use_cache" in inspect.signature(owner.forward).parameters:
         arguments["use_cache"] = False
     stubs = [module for module in owner.modules() if isinstance(module, _Stub)]
@@ -167,22 +169,19 @@ def _compare(block: FFNBlock, got: list[torch.Tensor], expected: list[torch.Tens
 def _refusal(block: FFNBlock, why: str) -> BlockMismatchError:
     formula = "down(act(gate(x)) * up(x))" if block.gate else "down(act(up(x)))"
     return BlockMismatchError(
-        f"{block.block_class} at {block.owner!r} has the names of family {block.family!r}, but was not shown to "
-        f"be {formula}: {why}. Replacing it could change this model's answers. Load the model without hf_flash, "
-        f"or see {DOCS}"
+        f"{block.block_class} at {block.owner!r} has the names of family {block.family!r}, but was not shown "
+        f"to be {formula}: {why}. Replacing it could change this model's answers. Load the model without "
+        f"hf_flash, or see {DOCS}"
     )
 
 
-def _signature(model: nn.Module, block: FFNBlock) -> tuple:
+def _signature(model: nn.Module, block: FFNBlock) -> tuple[object, ...]:
     """What decides a block's arithmetic: two blocks with equal signatures need one check."""
     owner = model.get_submodule(block.owner)
     settings = tuple(sorted((k, repr(v)) for k, v in vars(owner).items() if _is_setting(k, v)))
     parts = (block.gate, block.up, block.down)
     spelling = tuple(p and (p.transposed, p.bias is not None, p.rows is not None) for p in parts)
-    try:
-        activation = get_activation(model, block)
-    except UnknownArchitectureError:
-        activation = None
+    activation = get_activation(model, block) if block.activation else None
     act = getattr(activation, "__qualname__", None) or (type(activation).__qualname__, repr(activation))
     leaves = tuple(other_leaves(owner, block, block.owner))
     return type(owner), block.family, spelling, act, block.inline, block.takes_residual, settings, leaves
@@ -209,7 +208,7 @@ class _Stub(nn.Module):
 
 def _small_copy(owner: nn.Module, block: FFNBlock) -> nn.Module:
     """A float32 CPU copy of the owner in eval mode: _N_NEURONS neurons, random weights, no hooks."""
-    memo = {id(value): value for key, value in vars(owner).items() if "config" in key}
+    memo: dict[int, object] = {id(v): v for name, v in vars(owner).items() if "config" in name}
     matrices = []
     for part, neurons_first in ((block.gate, True), (block.up, True), (block.down, False)):
         if part is None:
@@ -217,7 +216,7 @@ def _small_copy(owner: nn.Module, block: FFNBlock) -> nn.Module:
         path = part.key.rpartition(".")[0].removeprefix(block.owner + ".")
         big = owner.get_submodule(path)
         matrices.append(path)
-        if id(big) not in memo:
+        if id(big) not in memo and isinstance(big, Dense):
             memo[id(big)] = _small_linear(big, part.transposed, neurons_first, 2 if part.rows else 1)
     if block.inline:
         for name, child in owner.named_children():
@@ -230,11 +229,11 @@ def _small_copy(owner: nn.Module, block: FFNBlock) -> nn.Module:
     return small.eval()
 
 
-def _small_linear(big: nn.Module, transposed: bool, neurons_first: bool, n_fused: int) -> nn.Module:
+def _small_linear(big: Dense, transposed: bool, neurons_first: bool, n_fused: int) -> nn.Module:
     """A matrix of the same class with _N_NEURONS neurons (n_fused times), scaled by _SCALES in turn."""
     n = _N_NEURONS * (n_fused if neurons_first else 1)
-    n_out, n_in = big.weight.T.shape if transposed else big.weight.shape
-    n_out, n_in = (n, n_in) if neurons_first else (n_out, n)
+    d_out, d_in = big.weight.T.shape if transposed else big.weight.shape
+    n_out, n_in = (n, d_in) if neurons_first else (d_out, n)
     weight = _draw(n_out, n_in) / n_in**0.5
     if neurons_first:
         weight *= torch.tensor(_SCALES, dtype=torch.float32).repeat(n // len(_SCALES)).unsqueeze(1)
@@ -255,13 +254,13 @@ def _strip(module: nn.Module, d_ffn: int) -> None:
     for name, value in vars(module).items():
         if isinstance(value, int) and value in (d_ffn, 2 * d_ffn) and any(s in name for s in _SIZE_NAMES):
             vars(module)[name] = _N_NEURONS * (value // d_ffn)
-    if isinstance(module, nn.Linear) or hasattr(module, "nf"):
+    if isinstance(module, Dense):
         return
-    for tensors in (module._parameters, module._buffers):
-        for name, value in tensors.items():
-            if value is not None and value.is_floating_point():
-                fresh = _draw(*value.shape).sigmoid() + 0.5  # positive, so that norms stay norms
-                tensors[name] = nn.Parameter(fresh) if isinstance(value, nn.Parameter) else fresh
+    tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, value in tensors:
+        if value.is_floating_point():
+            fresh = _draw(*value.shape).sigmoid() + 0.5  # positive, so that norms stay norms
+            setattr(module, name, nn.Parameter(fresh) if isinstance(value, nn.Parameter) else fresh)
 
 
 def _draw(*shape: int) -> torch.Tensor:

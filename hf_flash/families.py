@@ -17,6 +17,7 @@ distinct block against the formula before a single weight is read. How to add a 
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_flash.errors import UnknownArchitectureError
 
 DOCS = "docs/adding-a-family.md"
+Activation = Callable[[torch.Tensor], torch.Tensor]
+Dense = nn.Linear | Conv1D
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
 
     Only layers are searched (paths with a number in them), so projectors and heads stay as they are. Routers
     and experts are left alone. Vision and audio towers of a multimodal model are left alone too, unless the
-    model has no other blocks: they run once per image, not once per token.
+    model has no other FFNs: they run once per image, not once per token.
 
     Args:
         model: any module; its tensors may be on the meta device.
@@ -168,15 +171,19 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
         UnknownArchitectureError: no row of FAMILIES fits, all FFNs are experts, or blocks share their
             weights.
     """
-    towers, found, in_towers, experts = [], [], [], []
+    towers: list[str] = []
+    experts: list[str] = []
+    found: list[FFNBlock] = []
+    in_towers: list[FFNBlock] = []
     for path, module in model.named_modules():
-        if path and _is_tower(module):
+        if path and _is_tower(module, model):
             towers.append(path + ".")
         if _is_expert(path, module):
             experts.append(path)
         elif _is_in_layer(path) and (block := match_block(module, path)) is not None:
             (in_towers if path.startswith(tuple(towers)) else found).append(block)
-    blocks = [replace(block, index=i) for i, block in enumerate(found or in_towers)]
+    taken = found or ([] if experts else in_towers)
+    blocks = [replace(block, index=i) for i, block in enumerate(taken)]
     if not blocks:
         raise UnknownArchitectureError(_nothing_found(model, experts))
     _refuse_shared(model, blocks)
@@ -199,9 +206,8 @@ def match_block(module: nn.Module, path: str) -> FFNBlock | None:
 
 def other_leaves(owner: nn.Module, block: FFNBlock, path: str) -> list[str]:
     """What else lies below the owner (at `path`): not the block's matrices, its activation or dropout."""
-    known = {_below(path, part.key.rpartition(".")[0]) for part in (block.gate, block.up, block.down) if part}
-    known.add(_below(path, block.activation))
-    return _others(owner, known)
+    known = {part.key.rpartition(".")[0] for part in (block.gate, block.up, block.down) if part}
+    return _others(owner, {name.removeprefix(path + ".") for name in (*known, block.activation)})
 
 
 def install(model: nn.Module, block: FFNBlock, ffn: nn.Module) -> None:
@@ -223,14 +229,15 @@ def install(model: nn.Module, block: FFNBlock, ffn: nn.Module) -> None:
         _set(model, block.down.key.rpartition(".")[0], nn.Identity() if stub is None else stub)
 
 
-def get_activation(model: nn.Module, block: FFNBlock) -> Callable[[torch.Tensor], torch.Tensor]:
+def get_activation(model: nn.Module, block: FFNBlock) -> Activation:
     """The block's activation as found: a module (it may hold parameters) or a function.
 
     Raises:
         UnknownArchitectureError: the block has no activation under a known name.
     """
     if block.activation.startswith(_FUNCTIONAL):
-        return ACT2FN[block.activation.removeprefix(_FUNCTIONAL)]
+        function: Activation = ACT2FN[block.activation.removeprefix(_FUNCTIONAL)]
+        return function
     if not block.activation:
         raise UnknownArchitectureError(
             f"{block.block_class} at {block.owner!r} has the matrices of family {block.family!r}, but no "
@@ -238,7 +245,8 @@ def get_activation(model: nn.Module, block: FFNBlock) -> Callable[[torch.Tensor]
             f"that names it: {DOCS}"
         )
     parent, _, name = block.activation.rpartition(".")
-    return getattr(model.get_submodule(parent), name)
+    activation: Activation = getattr(model.get_submodule(parent), name)
+    return activation
 
 
 class FATReLU(nn.Module):
@@ -264,7 +272,7 @@ _ZERO_BELOW_ZERO = (nn.ReLU, nn.ReLU6, ReLUSquaredActivation)
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, nn.functional.relu6)
 
 
-def zero_below(activation: Callable) -> float | None:
+def zero_below(activation: Activation) -> float | None:
     """The number at and below which the activation is exactly 0; None where there is none (SiLU, GELU, ...).
 
     Exactly 0 is what makes a neuron skippable without loss: its row of `up` and column of `down` are
@@ -278,7 +286,7 @@ def zero_below(activation: Callable) -> float | None:
 
 
 def _describe(
-    owner: nn.Module, path: str, family: Family, up: nn.Module, down: nn.Module, gate: nn.Module | None
+    owner: nn.Module, path: str, family: Family, up: Dense, down: Dense, gate: Dense | None
 ) -> FFNBlock | None:
     """The block these modules make, or None when their shapes do not fit each other."""
     (n_up, d_model), (d_out, d_ffn) = _shape(up), _shape(down)
@@ -293,20 +301,17 @@ def _describe(
     if activation is not None:
         where = _join(path, activation)
     else:
-        where = _FUNCTIONAL + family.functional if family.functional else ""
+        where = _FUNCTIONAL + family.functional if family.functional and not inline else ""
+    gate_part = _part(path, family.gate, gate) if family.gate and gate is not None else None
     if fused:
         gate_part = _part(path, family.up, up, (0, d_ffn, 1))
-        up_part = _part(path, family.up, up, (d_ffn, 2 * d_ffn, 1))
-    else:
-        gate_part = _part(path, family.gate, gate) if gate is not None else None
-        up_part = _part(path, family.up, up)
     return FFNBlock(
         index=0,
         path=_join(path, family.up) if inline else path,
         family=family.name,
         block_class=type(owner).__name__,
         gate=gate_part,
-        up=up_part,
+        up=_part(path, family.up, up, (d_ffn, 2 * d_ffn, 1) if fused else None),
         down=_part(path, family.down, down),
         activation=where,
         inline=inline,
@@ -317,21 +322,23 @@ def _describe(
     )
 
 
-def _part(path: str, name: str, module: nn.Module, rows: tuple[int, int, int] | None = None) -> Part:
+def _part(path: str, name: str, module: Dense, rows: tuple[int, int, int] | None = None) -> Part:
     full = _join(path, name)
     bias = f"{full}.bias" if module.bias is not None else None
     return Part(f"{full}.weight", bias, isinstance(module, Conv1D), rows)
 
 
-def _linear(owner: nn.Module, name: str) -> nn.Module | None:
+def _linear(owner: nn.Module, name: str) -> Dense | None:
     """The dense float matrix called `name` below the owner, or None."""
     module = _child(owner, name)
-    if isinstance(module, nn.Linear | Conv1D) and module.weight.dim() == 2 and module.weight.dtype in _FLOATS:
-        return module
-    return None
+    if not isinstance(module, nn.Linear | Conv1D):
+        return None
+    weight = module._parameters.get("weight")
+    return module if weight is not None and weight.dim() == 2 and weight.dtype in _FLOATS else None
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
+def _shape(linear: Dense) -> tuple[int, int]:
+    """(rows, columns) as `Linear` would store it."""
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
@@ -339,7 +346,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 def _activation_name(owner: nn.Module, family: Family) -> str | None:
     if family.activation is not None:
         child = _child(owner, family.activation)
-        return family.activation if callable(child) and not list(child.children()) else None
+        return family.activation if child is not None and not child._modules else None
     for prefix in dict.fromkeys((family.up.rpartition(".")[0], "")):
         beside = _child(owner, prefix)
         for name in ACTIVATION_NAMES:
@@ -354,7 +361,7 @@ def _others(owner: nn.Module, known: set[str]) -> list[str]:
     for name, module in owner.named_modules():
         if any(name == k or name.startswith(k + ".") for k in known) or isinstance(module, _NOT_WEIGHTS):
             continue
-        if name and not any(True for _ in module.children()):
+        if name and not module._modules:
             names.append(name)
         else:
             names += [_join(name, key) for key in (*module._parameters, *module._buffers)]
@@ -376,30 +383,29 @@ def _is_expert(path: str, module: nn.Module) -> bool:
     return stacked and "expert" in type(module).__name__.lower()
 
 
-def _is_tower(module: nn.Module) -> bool:
+def _is_tower(module: nn.Module, model: nn.Module) -> bool:
     """A sub-model that takes images or sound but no text, by what it declares or its config is called."""
     if not isinstance(module, PreTrainedModel):
         return False
-    modalities = module.input_modalities
+    modalities, config = module.input_modalities, type(module.config)
     takes_text = "text" in ((modalities,) if isinstance(modalities, str) else tuple(modalities))
-    return not takes_text or any(sense in type(module.config).__name__ for sense in ("Vision", "Audio"))
+    own_config = config is not type(getattr(model, "config", None))
+    return not takes_text or (own_config and any(sense in config.__name__ for sense in ("Vision", "Audio")))
 
 
 def _refuse_shared(model: nn.Module, blocks: list[FFNBlock]) -> None:
     """The layout has one tensor per layer, so no two may own one; nor can a swap reach two parents."""
     owners: dict[int, str] = {}
-    parents: dict[int, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            parents[id(child)] = parents.get(id(child), 0) + 1
+    n_parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for block in blocks:
-        other = owners.setdefault(id(model.get_parameter(block.down.key)), block.owner)
-        if other == block.owner and (block.inline or parents[id(model.get_submodule(block.path))] == 1):
+        tensors = [id(model.get_parameter(part.key)) for part in (block.gate, block.up, block.down) if part]
+        other = next((o for t in tensors if (o := owners.setdefault(t, block.owner)) != block.owner), None)
+        if other is None and n_parents[id(model.get_submodule(block.path))] == 1:
             continue
         raise UnknownArchitectureError(
             f"{type(model).__name__} shares FFN weights between layers ({block.owner!r} uses those of "
-            f"{other!r}), which the flash layout, one tensor per layer, does not hold yet. Load this model "
-            f"without hf_flash. See {DOCS}"
+            f"{other or 'another'!r}), which the flash layout, one tensor per layer, does not hold yet. "
+            f"Load this model without hf_flash. See {DOCS}"
         )
 
 
@@ -424,14 +430,11 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _below(prefix: str, path: str) -> str:
-    return path.removeprefix(prefix + ".") if prefix else path
-
-
 def _child(owner: nn.Module, name: str) -> nn.Module | None:
+    child: nn.Module | None = owner
     for part in name.split(".") if name else ():
-        owner = owner._modules.get(part) if isinstance(owner, nn.Module) else None
-    return owner
+        child = child._modules.get(part) if child is not None else None
+    return child
 
 
 def _set(model: nn.Module, path: str, module: nn.Module) -> None:

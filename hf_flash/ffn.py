@@ -12,6 +12,7 @@ from hf_flash import ops
 from hf_flash.engine import Biases, Engine
 from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, Part
+from hf_flash.memory import trim_malloc
 from hf_flash.stats import FlashStats
 
 
@@ -51,6 +52,7 @@ class FlashFFN(nn.Module):
         self.block, self.engine = block, None
         self.engine: Engine | None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
+        self.trim_once = False  # set there too: what was loaded since the model was (a tokenizer) left freed memory
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
             self._take_inline(biases, dtype)
@@ -99,11 +101,16 @@ class FlashFFN(nn.Module):
             )
         if self.stats is not None:
             self.stats.add(n_tokens=x.numel() // x.shape[-1], n_forwards=1)
-        if torch.is_grad_enabled() and x.requires_grad:
-            y: torch.Tensor = _FlashFunction.apply(x, self)
-        else:
-            with torch.no_grad():
-                y = self.engine.forward(x, self.act, self.biases())
+        if self.trim_once:
+            self.trim_once = False
+            trim_malloc()
+        x = ops.autocast_input(x)
+        with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
+            if torch.is_grad_enabled() and x.requires_grad:
+                y: torch.Tensor = _FlashFunction.apply(x, self)
+            else:
+                with torch.no_grad():
+                    y = self.engine.forward(x, self.act, self.biases())
         return y + residual[0] if self.block.takes_residual and residual else y
 
     def extra_repr(self) -> str:

@@ -64,7 +64,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
     """Read and check the header of a safetensors file; touches no tensor.
 
     Raises:
-        CheckpointError: missing, truncated, longer than its header says, or not safetensors.
+        CheckpointError: missing, truncated, longer than its header says, not safetensors, or of a newer format.
         ChecksumError: the header's own checksum does not match.
     """
     path = Path(path)
@@ -79,20 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
         raise CheckpointError(f"{path}: {error.strerror or error}. Fetch or repack the checkpoint again.") from error
     if len(head) != 8 or len(raw) != n:
         raise CheckpointError(f"{path} is truncated or no safetensors file: {size} bytes, the header alone claims {n}.")
-    try:
-        header: dict[str, Any] = json.loads(raw)
-        metadata: dict[str, str] = header.pop("__metadata__", {})
-        entries = {
-            name: TensorEntry(
-                path, name, e["dtype"], tuple(e["shape"]), 8 + n + e["data_offsets"][0],
-                e["data_offsets"][1] - e["data_offsets"][0],
-            )
-            for name, e in header.items()
-        }  # fmt: skip
-        runs = json.loads(metadata.get("hf_flash.crc32", "{}"))
-        checksums = {k: (r, [int(c[i : i + 8], 16) for i in range(0, len(c), 8)]) for k, (r, c) in runs.items()}
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header does not parse ({error}); the file is torn.") from error
+    entries, metadata, checksums = _parse(path, raw)
     end = max((e.start + e.n_bytes for e in entries.values()), default=8 + n)
     if size != end:
         word = "truncated" if size < end else "longer than its header says"
@@ -100,9 +87,35 @@ def read_header(path: str | os.PathLike[str]) -> TensorFile:
             f"{path} is {word}: {size} bytes, expected {end}. Fetch it again, or repack from the source checkpoint."
         )
     want = metadata.get("hf_flash.header_crc32")
-    if want is not None and zlib.crc32(raw.replace(want.encode(), _BLANK_CRC.encode(), 1)) != int(want, 16):
+    # Compared as text: "A" and "a" are the same digit and not the same byte.
+    if want is not None and f"{zlib.crc32(raw.replace(str(want).encode(), _BLANK_CRC.encode(), 1)):08x}" != want:
         raise ChecksumError(f"{path}: the header differs from its checksum. Fetch the file again.")
     return TensorFile(path, 8 + n, entries, metadata, checksums)
+
+
+def _parse(path: Path, raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, str], dict[str, tuple[int, list[int]]]]:
+    """Entries, metadata and checksums of a header."""
+    begin = 8 + len(raw)
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        metadata: dict[str, str] = header.pop("__metadata__", {})
+        version = metadata.get("hf_flash.format_version", str(FORMAT_VERSION))
+        if version != str(FORMAT_VERSION):  # before anything else is made of it
+            raise CheckpointError(
+                f"{path} has flash checkpoint format {version}, this hf_flash reads format {FORMAT_VERSION}. "
+                "`pip install -U hf_flash`, or repack the source checkpoint."
+            )
+        entries = {}
+        for name, e in header.items():
+            start, end = e["data_offsets"]
+            if not 0 <= start <= end:
+                raise ValueError(f"tensor {name} ends before it begins")
+            entries[name] = TensorEntry(path, name, e["dtype"], tuple(e["shape"]), begin + start, end - start)
+        runs = json.loads(metadata.get("hf_flash.crc32", "{}"))
+        checksums = {k: (r, [int(c[i : i + 8], 16) for i in range(0, len(c), 8)]) for k, (r, c) in runs.items()}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the safetensors header does not parse ({error}); the file is torn.") from error
+    return entries, metadata, checksums
 
 
 def verify_file(path: str | os.PathLike[str], progress: Callable[[int], None] = lambda n: None) -> list[str]:
@@ -119,8 +132,9 @@ def verify_file(path: str | os.PathLike[str], progress: Callable[[int], None] = 
         file = read_header(path)
     except CheckpointError as error:
         return [str(error)]
-    if "hf_flash.crc32" not in file.metadata:
-        return [f"{path} carries no checksums: it was not written by hf_flash."]
+    lacking = [key for key in ("hf_flash.crc32", "hf_flash.header_crc32") if key not in file.metadata]
+    if lacking:  # one of the two alone is a damaged header, which the missing one would have shown
+        return [f"{path} carries no checksums ({' and '.join(lacking)}): it is damaged or not written by hf_flash."]
     problems = []
     with open(path, "rb") as stream:
         for name, entry in file.entries.items():

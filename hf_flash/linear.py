@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_flash.memory import view_bytes
+from hf_flash.ops import autocast_input
 from hf_flash.readers import Read, Reader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
@@ -41,6 +42,7 @@ class FlashLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], as nn.Linear."""
         assert self._stream is not None
+        x = autocast_input(x)
         if torch.is_grad_enabled() and x.requires_grad:
             y: torch.Tensor = _LinearFunction.apply(x, self)
             return y

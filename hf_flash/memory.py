@@ -6,6 +6,7 @@ the moment it is dropped, which a budget relies on and malloc does not promise.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import torch
@@ -28,3 +29,10 @@ def aligned_empty(n_bytes: int) -> torch.Tensor:
 def view_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 tensor as a buffer that `preadv` can fill; shares memory."""
     return memoryview(tensor.numpy()).cast("B")
+
+
+def trim_malloc() -> None:
+    """Give freed heap memory back to the system (glibc keeps it otherwise; reading a tokenizer leaves tens of MiB)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

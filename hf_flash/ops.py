@@ -14,6 +14,13 @@ import torch.nn.functional as F
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
+def autocast_input(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that a stock Linear would compute in: under torch.autocast that is not x's own."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype("cpu"))
+    return x
+
+
 def hidden(
     x: torch.Tensor,
     up: torch.Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def _swap(model: PreTrainedModel, source: LoadedSource, runtime: attach.FlashRun
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.config.quantization_config = runtime.config
     model.is_quantized, model.quantization_method = True, runtime.config.quant_method  # type: ignore[assignment]
-    model.save_pretrained = types.MethodType(save.save_pretrained, model)  # type: ignore[method-assign]
+    save.install(model)
     return model
 
 

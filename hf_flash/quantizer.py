@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import threading
-import types
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +65,10 @@ class FlashQuantizer(HfQuantizer):
         blocks = find_blocks(model)
         located = locate(model, files)
         if self.pre_quantized:
-            flash, gates = hub.flash_files(files[0], name, getattr(model.config, "_commit_hash", None))
+            flash, gates = hub.flash_files(files[0], name)
         else:
             folder = repack_to_cache(model, files, config, name)
-            flash, gates = hub.flash_files(folder / "config.json", str(folder), None)
+            flash, gates = hub.flash_files(folder / "config.json", str(folder))
         geometry = attach.geometry_of(flash, gates)
         attach.match_geometry(blocks, geometry, str(next(iter(flash.values())).parent))
         plan = attach.plan_for(model, blocks, geometry, config, located)
@@ -82,7 +81,7 @@ class FlashQuantizer(HfQuantizer):
         assert self._runtime is not None
         attach.make_resident(model)
         attach.connect(model, self._runtime)
-        model.save_pretrained = types.MethodType(save.save_pretrained, model)  # type: ignore[method-assign]
+        save.install(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -25,13 +25,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import card
+from hf_flash import card, hub
 from hf_flash.check import check_blocks
 from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate, read_tensor
 from hf_flash.config import FlashConfig
 from hf_flash.errors import CheckpointError, DiskFullError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
-from hf_flash.format import RUN_BYTES, TensorEntry, TensorFileWriter, TensorSpec, atomic_text
+from hf_flash.format import RUN_BYTES, TensorEntry, TensorFileWriter, TensorSpec, atomic_text, read_header
 from hf_flash.gates.certified import GROUP, Sketch
 from hf_flash.layout import BundleLayout, format_size, parse_size, round_up
 from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, flash_file_names, write_index
@@ -206,8 +206,6 @@ def repack(
     Raises:
         FlashError: what is wrong with the source, the disk or the arguments, and what to do.
     """
-    from hf_flash import hub  # noqa: PLC0415
-
     gate_bits = FlashConfig(gate_bits=gate_bits).gate_bits
     folder = hub.local_folder(model, revision=revision, token=token)
     output = Path(output)
@@ -341,8 +339,6 @@ def _write_shard(
 
 def _is_complete(path: Path, identity: str) -> bool:
     """Whether a finished file from the same source is there (a run was interrupted after it)."""
-    from hf_flash.format import read_header  # noqa: PLC0415
-
     if not path.is_file():
         return False
     try:
@@ -483,7 +479,8 @@ def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig
         n_bytes = sum(source.n_bytes(block) for block in source.blocks)
         logger.warning_once(f"Repacking {name} for flash, once, into {folder}.")
         _check_room(folder, n_bytes, source, config.gate_bits)
-        with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking") as bar:
+        # from_pretrained calls this where tensors are born on the meta device
+        with torch.device("cpu"), tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking") as bar:
             write_flash(source, folder, config.gate_bits, parse_size(DEFAULT_SHARD), bar)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,16 @@ from transformers import PreTrainedModel
 
 from hf_flash import card
 from hf_flash.attach import FlashRuntime
+from hf_flash.config import QUANT_METHOD
 from hf_flash.errors import FlashError
 from hf_flash.store import DTYPE_NAMES, GATES_NAME, write_index
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make a model save itself as a flash checkpoint, and tag what it pushes."""
+    model.save_pretrained = types.MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    model._get_files_timestamps = types.MethodType(_get_files_timestamps, model)  # type: ignore[method-assign]
+    model.add_model_tags(QUANT_METHOD)
 
 
 def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -30,6 +39,13 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
         quantizer.saving.folder = None
 
 
+def _get_files_timestamps(self: PreTrainedModel, working_dir: str | os.PathLike[str]) -> dict[str, float]:
+    """Times by which transformers tells what to upload: not of flash files, whose links keep the times they had."""
+    stamps: dict[str, float] = type(self)._get_files_timestamps(self, working_dir)
+    mine = {*runtime_of(self).files, GATES_NAME}
+    return {name: time for name, time in stamps.items() if name not in mine}
+
+
 def runtime_of(model: torch.nn.Module) -> FlashRuntime:
     """The flash side of a model.
 
@@ -42,8 +58,8 @@ def runtime_of(model: torch.nn.Module) -> FlashRuntime:
         runtime = getattr(inner, "_hf_flash", None) if inner is not None else None
     if not isinstance(runtime, FlashRuntime):
         raise FlashError(
-            f"This {type(model).__name__} does not run from flash. Load it with quantization_config=FlashConfig(...) or "
-            "call hf_flash.patch(model, memory=...) first."
+            f"This {type(model).__name__} does not run from flash. Load it with quantization_config=FlashConfig(...) "
+            "or call hf_flash.patch(model, memory=...) first."
         )
     return runtime
 

@@ -15,13 +15,14 @@ import torch
 from hf_flash.errors import CheckpointError, ChecksumError
 from hf_flash.format import TensorEntry, TensorFile, read_header
 from hf_flash.layout import BundleLayout
-from hf_flash.memory import view_bytes
+from hf_flash.memory import aligned_empty, view_bytes
 from hf_flash.plan import IntArray, extents
 from hf_flash.readers import Read, Reader, Ticket
 
 INDEX_NAME = "flash.safetensors.index.json"
 GATES_NAME = "gates.safetensors"
 LAYERS_KEY = "hf_flash.layers"  # header metadata: geometry of the layers in a flash file
+MAX_GAP_BYTES = 8 << 10  # bridging a gap this long costs a device less than another read
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -72,6 +73,7 @@ class FlashStore:
 
     def __init__(self, files: Mapping[str, Path], reader: Reader) -> None:
         self.reader = reader
+        self._sink = aligned_empty(MAX_GAP_BYTES)  # where the rows go that an extent only passes over
         self.layers: dict[str, FlashLayer] = {}
         self.files = dict(files)
         for file_name, path in self.files.items():
@@ -117,6 +119,8 @@ class FlashStore:
             The ticket to wait for, bytes requested, and the number of reads.
         """
         view, size, start = view_bytes(targets), layer.rows.row_bytes, layer.rows.start
+        sink = view_bytes(self._sink)
+        assert max_gap_rows * size <= len(sink)
         reads: list[Read] = []
         n_bytes = 0
         for i, j in extents(rows, max_gap_rows):
@@ -124,7 +128,7 @@ class FlashStore:
             previous = int(rows[i]) - 1
             for row, slot in zip(rows[i:j].tolist(), slots[i:j].tolist(), strict=True):
                 if row > previous + 1:
-                    buffers.append(memoryview(bytearray((row - previous - 1) * size)))
+                    buffers.append(sink[: (row - previous - 1) * size])
                 buffers.append(view[slot * size : (slot + 1) * size])
                 previous = row
             length = (int(rows[j - 1]) - int(rows[i]) + 1) * size

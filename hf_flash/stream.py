@@ -162,7 +162,11 @@ class Stream:
         need = begin - aligned + n * unit.row_bytes
         buffer = self._free.pop()
         length = round_up(need, DATA_ALIGN)
-        ticket = self._reader.submit(_split_read(unit.file, aligned, view_bytes(buffer)[:length], need))
+        try:
+            ticket = self._reader.submit(_split_read(unit.file, aligned, view_bytes(buffer)[:length], need))
+        except BaseException:
+            self._free.append(buffer)
+            raise
         self._stats.add(bytes_read=length, n_reads=1)
         rows = buffer[begin - aligned : need].view(n, unit.row_bytes)
         self._pending.append(_Pending(chunk, buffer, ticket, rows))

@@ -16,13 +16,23 @@ of length s_g |x_j|. Hoeffding's inequality gives
 fails with probability at most delta per decision (over the random rounding, which never saw x). Independently,
 Cauchy-Schwarz per group gives t_C = sum_g |E_g| |x_g|, which never fails. t = min(t_H, t_C).
 
-The arithmetic. Let a = gamma_n |w| |x| with gamma_n = n u / (1 - n u), u = 2^-24, the standard bound for a sum of n
-float32 products in any order. Our own score in float32 is off by at most a (with |w^| <= |w| + |E|), and so is the dense
-model's accumulation; weights stored wider than the model computes are rounded once, by at most u' |w| |x|. So the dense
-model's accumulated product is at most U = fl(w^.x) + t + 2 a (+ u' |w| |x|). Rounding is monotone: if the product is
-rounded to the compute dtype (unit roundoff u') before the bias is added, it is at most V = U + u' |U|; after the bias and a
-last rounding, the pre-activation that the dense model computes is at most (V + b) + u' |V + b|. A neuron is silent if that
-is <= the threshold below which its activation is zero (0 for ReLU, ReLU^2 and ReLU-GLU, theta for FATReLU).
+"Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_H, and delta = 0 (t_C alone) is
+for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
+
+The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = (n + 8) u /
+(1 - (n + 8) u): the standard bound, relative to |w| |x|, of a sum of n float32 products in any order, with 8 roundings to
+spare for what is done to it here.
+- Our score is off by at most gamma |w^| |x|, and |w^| <= |w| + |E|.
+- Weights stored wider than the model computes are rounded once: by u' |w| |x|, and in float16 by 2^-25 per entry besides.
+- The dense model sums in float32, products and bias: gamma (|w| (1 + u') |x| + |b|).
+- It rounds to its dtype after the product, after the bias, or after both. Rounding is monotone, so with
+  U = fl(w^.x) + t + what is above, the pre-activation is at most (V + b) + u' |V + b|, V = U + u' |U|.
+A neuron is silent if that is <= the threshold below which its activation is zero (0 for ReLU, ReLU^2 and ReLU-GLU, theta
+for FATReLU). Float32 products may be told to round their operands (TF32, bfloat16 on some CPUs); that is added too.
+
+Underflow and overflow need no terms, because inputs and weights of no ordinary size are not judged: a token whose largest
+entry is not within 2^-24 .. 2^60 wants every neuron, a neuron whose norm is not within 2^-24 .. 2^15 is always wanted (zero
+is exact). Where the dense model itself overflows, 0 * inf makes NaN there and nothing here.
 """
 
 from __future__ import annotations
@@ -37,6 +47,7 @@ from hf_flash.layout import round_up
 GROUP = 64
 BLOCK_NEURONS = 512  # neurons dequantized at a time: bounds the scratch memory
 _UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
+_WEIGHTS, _INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
 
 @dataclasses.dataclass
@@ -47,7 +58,7 @@ class Sketch:
         codes: [n, groups * 8 * bits] uint8: 64 codes of `bits` bits per group, code + 2^(bits-1), little-endian bit stream.
         step: [n, groups] bfloat16, the group's step s.
         error: [n, groups] bfloat16, an upper bound of |E_g|.
-        norm: [n] float32, an upper bound of |w| + |E|.
+        norm: [n] float32, an upper bound of |w| + |E|; infinite for a neuron that is always wanted.
         bits: 4 to 8.
         d_model: columns of the matrix.
     """
@@ -100,19 +111,21 @@ def sketch_bytes(n_neurons: int, d_model: int, bits: int) -> int:
 def _quantize(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     n, d = weight.shape
     groups = round_up(d, GROUP) // GROUP
+    size = weight.double().norm(dim=-1)
     w = torch.zeros(n, groups * GROUP, dtype=torch.float64)
-    w[:, :d] = weight
+    w[:, :d] = weight.nan_to_num(0.0, 0.0, 0.0)
     w = w.view(n, groups, GROUP)
     top = 2 ** (bits - 1) - 1
     largest = w.abs().amax(-1)
     step = (largest / top * (1 + 2.0**-6)).clamp_min(2.0**-100).bfloat16()  # rounded up, so nothing is clipped
     s = step.double().unsqueeze(-1)
     codes = torch.floor(w / s + torch.rand(w.shape, dtype=torch.float64, generator=generator))
-    assert codes.abs().max() <= top + 1
-    codes = codes.clamp(-top - 1, top)  # + 1 cannot happen: |w| / s < top
+    assert codes.abs().max() <= top
     error = w - codes * s
     bound = (error.norm(dim=-1) * (1 + 2.0**-7)).bfloat16()  # rounded up
-    norm = ((weight.double().norm(dim=-1) + error.flatten(1).norm(dim=-1)) * (1 + 1e-6)).float()
+    norm = ((size + error.flatten(1).norm(dim=-1)) * (1 + 1e-6)).float()
+    judged = (size == 0) | ((norm >= _WEIGHTS[0]) & (norm <= _WEIGHTS[1]))
+    norm = torch.where(judged, norm, math.inf)
     return _pack((codes + 2 ** (bits - 1)).view(n, -1).to(torch.int32), bits), step, bound, norm
 
 
@@ -149,8 +162,10 @@ class CertifiedGate:
 
     def __init__(self, sketch: Sketch, delta: float = 1e-9, threshold: float = 0.0, weight_dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
-        self._weight_unit = _UNIT[weight_dtype]
-        self._log = math.log(1 / delta) / 2 if delta > 0 else None
+        self._weight_dtype = weight_dtype
+        self._log = -math.log(delta) / 2 if delta > 0 else None
+        # A bar above 0 is lowered by what float16 rounds off near 0 and by what comparing in float32 does.
+        self._bar = threshold * (1 - 2.0**-20) - 2.0**-24 if threshold > 0 else 0.0
 
     def upper(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Upper bound of the pre-activations that the dense model computes.
@@ -160,9 +175,9 @@ class CertifiedGate:
             bias: [n_neurons] or None.
 
         Returns:
-            [n_tokens, n_neurons] float32.
+            [n_tokens, n_neurons] float32; infinite or NaN where nothing is promised.
         """
-        unit, sketch = _UNIT[x.dtype], self.sketch
+        unit, sketch, operand = _UNIT[x.dtype], self.sketch, _operand_unit()
         x32 = x.float()
         groups = sketch.step.shape[1]
         padded = torch.nn.functional.pad(x32, (0, groups * GROUP - sketch.d_model))
@@ -177,15 +192,25 @@ class CertifiedGate:
         t = squares.sqrt() @ sketch.error.float().t()  # Cauchy-Schwarz
         if self._log is not None:
             t = torch.minimum(t, (self._log * (squares @ sketch.step.float().square().t())).sqrt_())
-        n_u = (sketch.d_model + 8) * 2.0**-24
-        a = 2 * n_u / (1 - n_u) + (unit if unit > self._weight_unit else 0.0)
-        size = squares.sum(-1, keepdim=True).sqrt() * sketch.norm  # |x| |w|, [T, n]
-        v = scores + t * (1 + 2.0**-12) + a * size
+        largest = x32.abs().amax(-1, keepdim=True)
+        judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
+        size = torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)  # [T, 1], |x|
+        gamma = (sketch.d_model + 8) * 2.0**-24
+        gamma = gamma / (1 - gamma) + operand
+        v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype, gamma)
         v = v + unit * v.abs()
         if bias is not None:
-            v = v + bias.float()
+            b = bias.to(x.dtype).float()
+            v = v + (b + gamma * b.abs())
             v = v + unit * v.abs()
         return v
+
+    def _slack(self, dtype: torch.dtype, gamma: float) -> torch.Tensor:
+        """What arithmetic in `dtype` may add to a score, per |x|. [n_neurons]"""
+        unit, stored = _UNIT[dtype], self._weight_dtype
+        per_norm = gamma * (2 + unit) + (unit if unit > _UNIT[stored] else 0.0)
+        tiny = 2.0**-25 * math.sqrt(self.sketch.d_model) if dtype == torch.float16 != stored else 0.0
+        return self.sketch.norm * per_norm + tiny
 
     def wanted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Which neurons each token may need.
@@ -193,4 +218,11 @@ class CertifiedGate:
         Returns:
             [n_tokens, n_neurons] bool; False is a proof of silence. A NaN or infinite input wants every neuron.
         """
-        return ~(self.upper(x, bias) <= self.threshold)
+        return ~(self.upper(x, bias) <= self._bar)
+
+
+def _operand_unit() -> float:
+    """What torch may round off the operands of a float32 product, relative to it: nothing unless the user said so."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
+    name = torch.get_float32_matmul_precision() if matmul is None else matmul.fp32_precision
+    return 0.0 if name in ("none", "ieee", "highest") else 2.0**-6

@@ -72,15 +72,23 @@ class Reader(ABC):
 
     @abstractmethod
     def open(self, path: Path) -> int:
-        """Open a file, direct where the file system allows it; returns its handle. Opening twice gives one handle."""
+        """Open a file, direct where the file system allows it; returns its handle. Opening twice gives one handle.
+
+        Raises:
+            CheckpointError: it cannot be opened. ReadError: the reader is closed.
+        """
 
     @abstractmethod
     def submit(self, reads: list[Read]) -> Ticket:
-        """Start reads; they may land in any order."""
+        """Start reads; they may land in any order.
+
+        Raises:
+            ReadError: the reader is closed. What goes wrong later is raised by the ticket.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Finish what is in flight and close every file."""
+        """Finish what is in flight and close every file; closing twice does nothing."""
 
     def read(self, reads: list[Read]) -> None:
         """Submit and wait.

@@ -79,10 +79,12 @@ class ThreadReader(Reader):
         self._by_path: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._closed = False
 
     def open(self, path: Path) -> int:
         path = Path(path).absolute()
         with self._lock:
+            self._check_open()
             if path not in self._by_path:
                 self._files.append(_File(path))
                 self._by_path[path] = len(self._files) - 1
@@ -91,15 +93,23 @@ class ThreadReader(Reader):
     def submit(self, reads: list[Read]) -> Ticket:
         n_parts = min(len(reads), self._n_threads)
         ticket = Ticket(n_parts)
-        for part in range(n_parts):
-            self._pool.submit(self._run, reads[part::n_parts], ticket)
+        with self._lock:
+            self._check_open()
+            for part in range(n_parts):
+                self._pool.submit(self._run, reads[part::n_parts], ticket)
         return ticket
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=True)
         for file in self._files:
             os.close(file.fd)
         self._files, self._by_path = [], {}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ReadError(errno.EBADF, "the flash files of this model were closed; load the model again")
 
     def _run(self, reads: list[Read], ticket: Ticket) -> None:
         error: BaseException | None = None
@@ -128,8 +138,8 @@ class ThreadReader(Reader):
         if buffer is None or len(buffer) < size:
             buffer = self._local.buffer = mmap.mmap(-1, round_up(size, mmap.PAGESIZE))
         view = memoryview(buffer)
-        _read_fully(file, start, [view[:size]], read.offset - start + (read.need or total))
         at = read.offset - start
+        _read_fully(file, start, [view[:size]], at + (read.need or total), at)
         for target in read.buffers:
             target[:] = view[at : at + len(target)]
             at += len(target)
@@ -144,8 +154,13 @@ def _is_aligned(read: Read, block: int) -> bool:
     return True
 
 
-def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int) -> None:
+def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int, extra: int = 0) -> None:
     """Fill the buffers, going on after short reads; direct reads go on at a whole block.
+
+    Args:
+        file, offset, buffers: from where to where.
+        need: bytes that must arrive.
+        extra: of these, how many at the start were not asked for (alignment).
 
     Raises:
         ReadError: the device failed. ShortReadError: the file ended before `need` bytes.
@@ -176,6 +191,6 @@ def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int) 
     if got < need:
         raise ShortReadError(
             errno.EIO,
-            f"{file.path} ended early: wanted {need} bytes at offset {offset}, got {got}. "
+            f"{file.path} ended early: wanted {need - extra} bytes at offset {offset + extra}, got {max(0, got - extra)}. "
             "The file was truncated; run `hf-flash verify` on the folder and fetch the file again",
         )

@@ -1,0 +1,301 @@
+"""What every benchmark needs: the machine in words, the disk's ceiling, greedy decoding with its bytes, one JSON line.
+
+The order of every benchmark's output is: what is asked, on which machine, the ceiling (what no program could beat
+here), what was measured, whether the outputs were right, and one JSON line.
+"""
+
+# ruff: noqa: PLC0415  (what is imported, and when, is part of what is measured)
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import mmap
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cgroup
+
+HERE = Path(__file__).resolve().parent
+REPO = HERE.parent
+MIB = 1 << 20
+# The opening of "A Scandal in Bohemia" (A. Conan Doyle, 1891; public domain).
+PROMPT = (
+    "To Sherlock Holmes she is always the woman. I have seldom heard him mention her under any other name. In his "
+    "eyes she eclipses and predominates the whole of her sex. It was not that he felt any emotion akin to love for "
+    "Irene Adler. All emotions, and that one particularly, were abhorrent to his cold, precise but admirably balanced "
+    "mind."
+)
+
+
+def have_hf_flash() -> bool:
+    """Whether the package under test can be found (installed, or beside this folder)."""
+    spec = importlib.util.find_spec("hf_flash")
+    return (spec is not None and spec.origin is not None) or (REPO / "hf_flash" / "__init__.py").is_file()
+
+
+def machine() -> dict[str, Any]:
+    """Machine and versions, for the JSON line."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    packages = {}
+    for name in ("torch", "transformers", "accelerate", "safetensors"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "cpu": cpu,
+        "n_cpus": len(os.sched_getaffinity(0)),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "commit": commit(),
+        **packages,
+    }
+
+
+def commit() -> str:
+    """Short commit of the repository, with '+' when tracked files differ from it; 'unknown' outside git."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", "-C", str(REPO), *args], check=False, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "--short", "HEAD")
+    dirty = "+" if head and git("--no-optional-locks", "status", "--porcelain", "-uno") else ""
+    return head + dirty or "unknown"
+
+
+def begin(question: str) -> dict[str, Any]:
+    """Print the question and the machine; return the machine."""
+    info = machine()
+    print(question)
+    print(
+        f"machine: {info['cpu']}, {info['n_cpus']} CPUs, {info['ram_bytes'] / 2**30:.0f} GiB, kernel {info['kernel']}, "
+        f"load {info['load_1min']}; torch {info['torch']}, transformers {info['transformers']}, "
+        f"accelerate {info['accelerate']}; commit {info['commit']}"
+    )
+    return info
+
+
+def finish(result: dict[str, Any], json_file: str | None) -> None:
+    """Print the one JSON line, and write it to a file if one was named."""
+    result = {"when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command_line(), **result}
+    line = json.dumps(result)
+    if json_file:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        Path(json_file).write_text(json.dumps(result, indent=1) + "\n")
+    print(line, flush=True)
+
+
+def command_line() -> str:
+    """The command as it can be typed again, without this machine's folders."""
+    args = list(sys.argv[1:])
+    for i, arg in enumerate(args):
+        if i and args[i - 1] == "--dir":
+            args[i] = "DIR"
+        elif arg.startswith("--dir="):
+            args[i] = "--dir=DIR"
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *args])
+
+
+def parser(doc: str, **kwargs: Any) -> argparse.ArgumentParser:
+    """An argument parser with the options that all benchmarks share."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    made.add_argument("--dir", help="folder of the models (default: $HF_FLASH_BENCH_DIR, ~/.cache/hf_flash-bench)")
+    made.add_argument("--json", metavar="FILE", help="also write the JSON line to FILE")
+    made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="torch threads (default: all)")
+    made.add_argument("--smoke", action="store_true", help="seconds, not minutes: tiny random model, few tokens")
+    return made
+
+
+def shares(text: str) -> list[float]:
+    """'0.5,0.75' -> [0.5, 0.75], for argparse."""
+    return [float(part) for part in text.split(",")]
+
+
+def names(allowed: Iterable[str]) -> Callable[[str], list[str]]:
+    """A parser of comma-separated names out of `allowed`, for argparse."""
+    known = list(allowed)
+
+    def parse(text: str) -> list[str]:
+        found = [part.strip() for part in text.split(",") if part.strip()]
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no {name!r}; choose from {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def safetensors_bytes(folder: str | os.PathLike) -> int:
+    """Bytes of a folder's tensors on disk: the model's bytes in its dtype (headers included, a few KiB)."""
+    return sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+
+
+def worker(
+    script: str, spec: dict[str, Any], limit_bytes: int | None, evict: Sequence[str | os.PathLike], capped: bool = True,
+    timeout_s: float = 1800,
+) -> cgroup.Run:  # fmt: skip
+    """Run `script` (a file of this folder) in a fresh interpreter and cgroup, with `spec` as its JSON argument."""
+    command = [sys.executable, str(HERE / script), "--worker", json.dumps(spec)]
+    path = os.pathsep.join(p for p in (str(REPO), os.environ.get("PYTHONPATH")) if p)
+    env = {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return cgroup.run(command, limit_bytes, evict, env, timeout_s, capped)
+
+
+def say_result(result: dict[str, Any]) -> None:
+    """What a worker says last: the line that cgroup.Run.result() looks for."""
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def read_bytes_so_far() -> int:
+    """Bytes that this process has had read from disk (all its threads; page cache hits are not in it)."""
+    for line in Path("/proc/self/io").read_text().splitlines():
+        if line.startswith("read_bytes:"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/self/io has no read_bytes")
+
+
+def status_bytes() -> dict[str, int]:
+    """Resident memory of this process by kind, from /proc/self/status."""
+    keys = {"VmHWM": "rss_peak", "RssAnon": "rss_anon", "RssFile": "rss_file"}
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {keys[k[0][:-1]]: int(k[1]) * 1024 for k in lines if k and k[0][:-1] in keys}
+
+
+def disk_bytes_per_s(folder: str | os.PathLike, at_most: int = 1 << 30, n_threads: int = 4) -> float:
+    """The disk's ceiling: sequential O_DIRECT reads of the folder's files, 8 MiB each, a few in flight."""
+    pieces = []
+    for file in sorted(Path(folder).rglob("*.safetensors")):
+        fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        pieces += [(fd, at) for at in range(0, os.path.getsize(file), 8 * MIB)]
+    pieces = pieces[: max(1, at_most // (8 * MIB))]
+    todo, total, lock = iter(pieces), [0], threading.Lock()
+
+    def read() -> None:
+        buffer = mmap.mmap(-1, 8 * MIB)
+        while True:
+            with lock:
+                piece = next(todo, None)
+            if piece is None:
+                return
+            n = os.preadv(piece[0], [buffer], piece[1])
+            with lock:
+                total[0] += n
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=read) for _ in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - start
+    for fd in {fd for fd, _ in pieces}:
+        os.close(fd)
+    return total[0] / seconds
+
+
+def prompt_ids(model_dir: str | os.PathLike, n_tokens: int) -> list[int]:
+    """The prompt's ids: real text where the folder has a tokenizer, seeded random ids for a random model."""
+    model_dir = Path(model_dir)
+    if (model_dir / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(PROMPT).ids
+        return (ids * (1 + n_tokens // len(ids)))[:n_tokens]
+    import random
+
+    vocab = json.loads((model_dir / "config.json").read_text())["vocab_size"]
+    return random.Random(0).choices(range(3, vocab), k=n_tokens)
+
+
+def generate_greedy(model: Any, ids: Sequence[int], n_tokens: int, margins: bool = False) -> dict[str, Any]:
+    """Stock greedy `generate()` of exactly `n_tokens`, with time and disk bytes taken after every token.
+
+    Args:
+        model: a transformers causal language model.
+        ids: the prompt.
+        n_tokens: how many to generate; end-of-text is suppressed, so all sides do the same work.
+        margins: also the gap between the two best logits at each step, relative to the best: tells a tie from an error.
+
+    Returns:
+        tokens, prefill_s, s_per_token and read_bytes_per_token (decode only: the first token is the prefill's), the
+        series of both, and margins.
+    """
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    times, reads = [], []
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            times.append(time.perf_counter())
+            reads.append(read_bytes_so_far())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    start, start_read = time.perf_counter(), read_bytes_so_far()
+    out = model.generate(
+        torch.tensor([list(ids)]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+        max_new_tokens=n_tokens, min_new_tokens=n_tokens, stopping_criteria=StoppingCriteriaList([Clock()]),
+        return_dict_in_generate=True, output_logits=margins,
+    )  # fmt: skip
+    steps = max(1, len(times) - 1)
+    result = {
+        "tokens": out.sequences[0, len(ids) :].tolist(),
+        "prefill_s": times[0] - start,
+        "prefill_read_bytes": reads[0] - start_read,
+        "s_per_token": (times[-1] - times[0]) / steps,
+        "read_bytes_per_token": (reads[-1] - reads[0]) / steps,
+        "token_s": [round(b - a, 4) for a, b in itertools.pairwise(times)],
+        "token_read_bytes": [b - a for a, b in itertools.pairwise(reads)],
+    }
+    if margins:
+        best = [step[0].float().topk(2).values for step in out.logits]
+        result["margins"] = [float((b[0] - b[1]) / b[0].abs().clamp_min(1e-6)) for b in best]
+    return result
+
+
+def compare_tokens(found: Sequence[int], dense: Sequence[int], margins: Sequence[float]) -> dict[str, Any]:
+    """Compare greedy tokens with the dense model's.
+
+    bf16 keeps 8 bits: two logits closer than 1/64 of the best may come out in either order when sums are made in
+    another order. A first difference at such a step is called a tie; any other is an error.
+    """
+    for i, (a, b) in enumerate(zip(found, dense, strict=False)):
+        if a != b:
+            tie = margins[i] <= 1 / 64
+            words = f"{i}/{len(dense)} equal, then {'a tie' if tie else 'WRONG'} (margin {margins[i]:.2%})"
+            return {"equal": i, "of": len(dense), "right": tie, "words": words}
+    right = len(found) == len(dense)
+    return {"equal": len(found), "of": len(dense), "right": right, "words": f"{len(found)}/{len(dense)} equal"}
+
+
+def mb(n_bytes: float | None) -> str:
+    """Bytes in MB (10^6), as the tables print them."""
+    return "-" if n_bytes is None else f"{n_bytes / 1e6:.1f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows (the first is the head) as aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in rows]  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,177 @@
+"""The sides of the comparisons: each loads a model its own way, in a fresh interpreter, and generates greedily.
+
+- `dense`: plain transformers without a cap: the tokens that every other side must give.
+- `mmap`: plain transformers `from_pretrained`; weights are evictable pages of the files.
+- `accelerate`: decoder layers on "disk" (read from the safetensors as they are), as many as fit kept in anonymous
+  memory. Left to itself accelerate keeps them as mmapped pages, which the kernel evicts under a cap and which then hit
+  nothing (cyclic access, half the memory): cloning them is the best it can be given. See `choose_resident`.
+- `hf_flash`: the converted folder with `FlashConfig(memory=..., gate=...)`.
+
+`run_side` is what benchmarks call; the rest runs in the child.
+"""
+
+# ruff: noqa: PLC0415  (what is imported, and when, is part of what is measured)
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cgroup
+import common
+import footprint
+
+SIDES = ("hf_flash", "accelerate", "mmap")
+
+
+# --- in the child ----------------------------------------------------------------------------------------------------
+
+
+def load_plain(spec: dict[str, Any]) -> Any:
+    """Plain transformers, as anyone types it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(spec["model_dir"])
+
+
+def load_accelerate(spec: dict[str, Any]) -> Any:
+    """Disk offload with the resident part in anonymous memory.
+
+    The first `n_resident` decoder layers, the final norm and the head stay; the others are on "disk". The embedding
+    of an untied model stays an mmap view: a token touches one row of it, so its memory goes to layers instead.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(spec["model_dir"])
+    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    for layer in range(config.num_hidden_layers):
+        where[f"model.layers.{layer}"] = "cpu" if layer < spec["n_resident"] else "disk"
+    model = AutoModelForCausalLM.from_pretrained(
+        spec["model_dir"], device_map=where, offload_folder=tempfile.mkdtemp(prefix="offload-")
+    )
+    untied = not config.tie_word_embeddings
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # each shared parameter once
+            if parameter.device.type == "cpu" and not (untied and name == "model.embed_tokens.weight"):
+                parameter.data = parameter.data.clone()
+    return model
+
+
+def load_hf_flash(spec: dict[str, Any]) -> Any:
+    """The converted folder under a budget."""
+    from transformers import AutoModelForCausalLM
+
+    import hf_flash
+
+    config = hf_flash.FlashConfig(memory=spec["memory"], context=spec["context"], gate=spec.get("gate", "all"))
+    return AutoModelForCausalLM.from_pretrained(spec["converted_dir"], quantization_config=config)
+
+
+LOADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "dense": load_plain,
+    "mmap": load_plain,
+    "accelerate": load_accelerate,
+    "hf_flash": load_hf_flash,
+}
+
+
+def flash_stats(model: Any) -> dict[str, Any]:
+    """hf_flash's own counters, as plain numbers."""
+    import hf_flash
+
+    stats = hf_flash.stats(model)
+    found = stats.to_dict() if hasattr(stats, "to_dict") else dict(stats)
+    return json.loads(json.dumps(found, default=str))
+
+
+def work(spec: dict[str, Any]) -> None:
+    """In the child: import, load, generate, report."""
+    footprint.import_everything()
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    imported = common.read_bytes_so_far()
+    start = time.perf_counter()
+    model = LOADERS[spec["side"]](spec)
+    result = {"load_s": time.perf_counter() - start, "load_read_bytes": common.read_bytes_so_far() - imported}
+    if spec["n_tokens"]:
+        margins = spec["side"] == "dense"
+        result.update(common.generate_greedy(model, spec["ids"], spec["n_tokens"], margins))
+    if spec["side"] == "hf_flash":
+        result["stats"] = flash_stats(model)
+        tensors = [*model.parameters(), *model.buffers()]
+        in_dram = {t.data_ptr(): t.nbytes for t in tensors if t.numel()}  # shared ones once
+        result["resident_bytes"] = sum(in_dram.values()) + result["stats"]["plan"]["parts"].get("gates", 0)
+    common.say_result({**result, **common.status_bytes()})
+
+
+# --- in the parent ---------------------------------------------------------------------------------------------------
+
+
+def run_side(
+    side: str, spec: dict[str, Any], limit_bytes: int | None, capped: bool = True, timeout_s: float = 1800
+) -> cgroup.Run:
+    """Run one side cold: model files evicted (checked), library files warm, in a cgroup of `limit_bytes`."""
+    folders = [spec[key] for key in ("model_dir", "converted_dir") if spec.get(key)]
+    footprint.warm_libraries()
+    stayed = cgroup.evict(folders)
+    if stayed:
+        print(f"warning: {common.mb(stayed)} MB of model files stay in the page cache; another process maps them")
+    return common.worker("sides.py", {"side": side, **spec}, limit_bytes, [], capped, timeout_s)
+
+
+def tensor_bytes(model_dir: Path) -> dict[str, int]:
+    """Bytes of every tensor of a folder, from the headers of the safetensors."""
+    found = {}
+    for file in sorted(Path(model_dir).glob("*.safetensors")):
+        with open(file, "rb") as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                found[name] = entry["data_offsets"][1] - entry["data_offsets"][0]
+    return found
+
+
+def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> int | None:
+    """The number of resident layers that serves accelerate best under this limit, found by trying.
+
+    From what the limit could hold at most downwards until one run survives, then on while fewer layers (more room for
+    the page cache) are faster. One try has 120 s; what has not generated four tokens by then is too slow.
+
+    Returns:
+        The best number, or None if not even 0 survives.
+    """
+    sizes = tensor_bytes(spec["model_dir"])
+    n_layers = 1 + max(int(name.split(".")[2]) for name in sizes if name.startswith("model.layers."))
+    per_layer = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
+    head = sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"])
+    most = min(n_layers, max(0, int((limit_bytes - allowance - head) // per_layer) + 1))
+    best: tuple[float, int] | None = None
+    for n in range(most, -1, -1):
+        run = run_side("accelerate", {**spec, "n_resident": n, "n_tokens": 4}, limit_bytes, timeout_s=120)
+        if run.ok:
+            seconds = run.result()["s_per_token"]
+            words = f"{seconds:.3f} s/token"
+        else:
+            words = "killed" if run.oom_killed else "slower than 120 s" if run.returncode == 124 else "failed"
+        print(f"  trying accelerate, {n} of {n_layers} layers resident: {words}", flush=True)
+        if run.ok and best is not None and seconds > 0.97 * best[0]:
+            break
+        if run.ok:
+            best = (seconds, n)
+    return best[1] if best else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", required=True, help="(internal) what the child is to do, as JSON")
+    work(json.loads(parser.parse_args().worker))
+
+
+if __name__ == "__main__":
+    main()

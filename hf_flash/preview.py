@@ -1,0 +1,316 @@
+"""What a model will need, before any of its weights is read.
+
+A plan needs shapes, not weights: config.json gives the structure (built on the meta device) and the headers of the
+safetensors files say where what lies. So a plan costs a few kilobytes of reading, and for a repo that is still on the
+Hub a few range requests: its files are stood in for by hollow ones, a true header and a hole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever client it is built on
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    SafetensorsParsingError,
+)  # fmt: skip
+from huggingface_hub.utils import SafetensorsFileMetadata
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from hf_flash import attach, budget, hub
+from hf_flash.budget import Demand, Plan
+from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate
+from hf_flash.config import QUANT_METHOD, FlashConfig
+from hf_flash.errors import CheckpointError, FlashConfigError, HubError, UnknownArchitectureError
+from hf_flash.families import FFNBlock, find_blocks
+from hf_flash.format import read_header
+from hf_flash.repack import Source, meta_model
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """A checkpoint seen through its headers.
+
+    Attributes:
+        name: as it was given.
+        converted: whether it is a flash checkpoint already.
+        config: the options it would be loaded with.
+        demand: what it asks for.
+        geometry: of its FFNs, by module path.
+        dtype: in which it would compute.
+        n_bytes: all its weights. ffn_bytes: those of its FFNs, as they lie on flash.
+    """
+
+    name: str
+    converted: bool
+    config: FlashConfig
+    demand: Demand
+    geometry: Mapping[str, attach.Geometry]
+    dtype: torch.dtype
+    n_bytes: int
+    ffn_bytes: int
+
+    def plan(self, memory: int | None = None) -> Plan:
+        """Divide a cap; without one, the config's.
+
+        Raises:
+            MemoryCapError: it is too small; names the smallest that would do.
+        """
+        return budget.make_plan(self.demand, self.config.cap() if memory is None else memory)
+
+    @property
+    def smallest_cap(self) -> int:
+        """The smallest cap for which there is a plan, bytes."""
+        return budget.smallest_cap(self.demand)
+
+
+def plan(
+    model: str | os.PathLike[str], *, memory: int | str | None = None, gate: str = "auto", context: int | None = None,
+    batch_size: int = 1, gate_bits: int = 8, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False,
+    revision: str | None = None, token: str | bool | None = None,
+) -> Plan:  # fmt: skip
+    """Who gets how much of a memory cap, without loading a weight.
+
+    Args:
+        model: a folder or a Hub repo, stock or converted. A repo is not downloaded.
+        memory: the cap, bytes or a size such as "4GiB"; by default what FlashConfig takes.
+        gate, context, batch_size: as in FlashConfig.
+        gate_bits: of the sketch that repacking a stock checkpoint would make.
+        dtype: in which the model would be loaded; by default what from_pretrained takes.
+        trust_remote_code, revision, token: as in from_pretrained.
+
+    Returns:
+        The plan that from_pretrained would make.
+
+    Raises:
+        MemoryCapError: the cap is too small; names the smallest that would do.
+        FlashError: the checkpoint is none, or cannot run from flash, and why.
+    """
+    config = FlashConfig(memory, gate=gate, context=context, batch_size=batch_size, gate_bits=gate_bits)
+    return look(
+        model, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, token=token
+    ).plan()
+
+
+def smallest_cap(model: str | os.PathLike[str], **options: Any) -> int:
+    """The smallest cap with which a model runs, in bytes.
+
+    Args:
+        model, options: as in `plan`.
+
+    Raises:
+        FlashError: the checkpoint is none, or cannot run from flash, and why.
+    """
+    loading = {k: options.pop(k) for k in ("dtype", "trust_remote_code", "revision", "token") if k in options}
+    return look(model, FlashConfig(**options), **loading).smallest_cap
+
+
+def look(
+    model: str | os.PathLike[str], config: FlashConfig | None = None, *, dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False, revision: str | None = None, token: str | bool | None = None,
+) -> Preview:  # fmt: skip
+    """See a checkpoint through its headers.
+
+    Args:
+        model, dtype, trust_remote_code, revision, token: as in `plan`.
+        config: options to plan with. What it leaves at its default, a converted checkpoint's own config decides.
+
+    Raises:
+        FlashError: the checkpoint is none, or cannot run from flash, and why.
+    """
+    config = config or FlashConfig()
+    with headers_of(model, revision=revision, token=token) as folder:
+        raw = load_json(folder / "config.json")
+        stored = raw.get("quantization_config") or {}
+        if stored and stored.get("quant_method") != QUANT_METHOD:
+            raise CheckpointError(
+                f"{model} is quantized with {stored.get('quant_method')!r}; hf_flash needs the original weights. Give "
+                "the checkpoint it was made from."
+            )
+        files = checkpoint_files(folder)
+        skeleton = skeleton_of(folder, files, dtype=dtype, trust_remote_code=trust_remote_code)
+        if stored:
+            config = _merged(stored, config)
+            blocks, geometry, located = _converted(skeleton, folder, files)
+        else:
+            blocks, geometry, located = _stock(skeleton, files, config)
+    demand = attach.demand_of(skeleton, blocks, geometry, config, located)
+    ffn_bytes = sum(geometry[b.path].n_neurons * geometry[b.path].layout.row_bytes for b in blocks)
+    rest = sum(e.n_bytes for e in located.by_key.values())
+    if not stored:  # the FFN's matrices are among them
+        rest -= sum(layer.matrix_bytes for layer in demand.layers)
+    n_bytes = rest + sum(layer.matrix_bytes for layer in demand.layers)
+    return Preview(os.fspath(model), bool(stored), config, demand, geometry, skeleton.dtype, n_bytes, ffn_bytes)
+
+
+def _stock(
+    skeleton: PreTrainedModel, files: list[Path], config: FlashConfig
+) -> tuple[list[FFNBlock], dict[str, attach.Geometry], Located]:
+    source = Source.open(skeleton, files)
+    geometry = {
+        b.path: attach.Geometry(source.layout(b), b.d_ffn, config.gate_bits if source.can_certify(b) else 0)
+        for b in source.blocks
+    }
+    return source.blocks, geometry, source.located
+
+
+def _converted(
+    skeleton: PreTrainedModel, folder: Path, files: list[Path]
+) -> tuple[list[FFNBlock], dict[str, attach.Geometry], Located]:
+    blocks = find_blocks(skeleton)
+    geometry = attach.geometry_of(*hub.flash_files(folder / "config.json", str(folder)))
+    attach.match_geometry(blocks, geometry, str(folder))
+    return blocks, geometry, locate(skeleton, files)
+
+
+def _merged(stored: dict[str, Any], config: FlashConfig) -> FlashConfig:
+    """The options of a converted checkpoint, overridden by what the caller set: what transformers does."""
+    merged = FlashConfig(**stored)
+    for name, value in config.get_loading_attributes().items():
+        setattr(merged, name, value)
+    return merged
+
+
+def skeleton_of(
+    folder: Path, files: list[Path], *, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a folder on the meta device, in the dtype in which from_pretrained would load it.
+
+    Raises:
+        UnknownArchitectureError: transformers does not know it.
+        FlashConfigError: no such dtype.
+    """
+    config = read_config(folder, trust_remote_code)
+    wanted = _dtype(dtype, config, files)
+    config.dtype = wanted
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            getattr(config, name).dtype = wanted
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(wanted)  # as transformers does it
+    try:
+        return meta_model(config, trust_remote_code)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a folder.
+
+    Raises:
+        UnknownArchitectureError: transformers does not know the model, or its code is not trusted.
+    """
+    raw = load_json(folder / "config.json")
+    if raw.get("auto_map") and not trust_remote_code and "AutoConfig" in raw["auto_map"]:
+        with contextlib.suppress(KeyError):  # a type that transformers knows by now needs no remote code
+            AutoConfig.for_model(raw.get("model_type", ""))
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        raise UnknownArchitectureError(
+            f"{folder} brings its own code ({raw['auto_map']['AutoConfig']}). Read it, then pass "
+            "trust_remote_code=True (--trust-remote-code)."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise UnknownArchitectureError(
+            f"{folder / 'config.json'} describes no model that the installed transformers knows (model_type "
+            f"{raw.get('model_type')!r}). `pip install -U transformers`, or choose another checkpoint."
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: list[Path]) -> torch.dtype:
+    if dtype is None or dtype == "auto":
+        dtype = config.dtype
+    if dtype is None:
+        found = (e.dtype for e in read_header(files[0]).entries.values() if e.dtype in _FLOATS)
+        dtype = _FLOATS[next(found, "F32")]
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise FlashConfigError(
+            f"dtype={dtype!r} is none to compute in. Write 'auto', 'bfloat16', 'float16' or 'float32'."
+        )
+    return dtype
+
+
+@contextlib.contextmanager
+def headers_of(
+    model: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Iterator[Path]:
+    """A folder with a model's small files and the headers of its weights.
+
+    A local folder is itself; so is a Hub repo that is in the cache. Of any other repo the weights are not fetched: a
+    temporary folder holds files of their size with their header and nothing else.
+
+    Raises:
+        CheckpointError, HubError: there is none.
+    """
+    name = os.fspath(model)
+    if Path(name).expanduser().exists() or not hub.REPO_NAME.fullmatch(name):
+        yield hub.local_folder(model)
+        return
+    cached = _cached(name, revision)
+    if cached is not None:
+        yield cached
+        return
+    with tempfile.TemporaryDirectory(prefix="hf_flash-") as temporary:
+        yield _fetch_headers(name, Path(temporary), revision, token)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a repo in the Hub cache, if its weights are there."""
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+        checkpoint_files(folder)
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
+    return folder
+
+
+def _fetch_headers(repo: str, folder: Path, revision: str | None, token: str | bool | None) -> Path:
+    """Fill a folder with a repo's small files and hollow weights.
+
+    Raises:
+        HubError: the repo cannot be reached or does not exist.
+    """
+    try:
+        api = huggingface_hub.HfApi(token=token)
+        snapshot = Path(api.snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.py"]))
+        commit = snapshot.name  # every header from the commit that the small files are of
+        for path in snapshot.iterdir():
+            (folder / path.name).symlink_to(path.resolve())
+        for name in api.list_repo_files(repo, revision=commit):
+            if name.endswith(".safetensors") and "/" not in name:
+                _hollow(folder / name, api.parse_safetensors_file_metadata(repo, name, revision=commit))
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{repo} is no folder here and no repo on the Hub that you may read. Check the spelling, or log in with "
+            "`hf auth login`."
+        ) from error
+    except (HTTPError, SafetensorsParsingError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise HubError(f"{repo} is no folder here, and the Hub could not be asked for it ({why}).") from error
+    return folder
+
+
+def _hollow(path: Path, seen: SafetensorsFileMetadata) -> None:
+    """Write a safetensors file that has its header and, where its data was, a hole that takes no room."""
+    header: dict[str, Any] = {"__metadata__": {k: v for k, v in seen.metadata.items() if k != "hf_flash.header_crc32"}}
+    for name, info in seen.tensors.items():
+        header[name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+    raw = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + max((info.data_offsets[1] for info in seen.tensors.values()), default=0))
