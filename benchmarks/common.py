@@ -107,12 +107,7 @@ def finish(result: dict[str, Any], json_file: str | None) -> None:
 
 def command_line() -> str:
     """The command as it can be typed again, without this machine's folders."""
-    args = list(sys.argv[1:])
-    for i, arg in enumerate(args):
-        if i and args[i - 1] == "--dir":
-            args[i] = "DIR"
-        elif arg.startswith("--dir="):
-            args[i] = "--dir=DIR"
+    args = [Path(arg).name if arg.startswith("/") else arg for arg in sys.argv[1:]]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *args])
 
 

@@ -172,11 +172,11 @@ def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | Non
         row = entry.n_bytes // entry.shape[0]
         n_bytes = module.weight.numel() * module.weight.element_size()
         if module is model.get_input_embeddings() and type(module) is nn.Embedding:
-            out.append(Matrix(path, n_bytes, True, row))
+            out.append(Matrix(path, n_bytes, True, row, entry.n_bytes))
         elif type(module) is nn.Linear and module is model.get_output_embeddings():
-            head.append(Matrix(path, n_bytes, False, row))
+            head.append(Matrix(path, n_bytes, False, row, entry.n_bytes))
         elif type(module) is nn.Linear and re.search(r"\.\d+\.", path):
-            out.append(Matrix(path, n_bytes, False, row))
+            out.append(Matrix(path, n_bytes, False, row, entry.n_bytes))
     return head + out
 
 
@@ -200,10 +200,13 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
     """
     state = {name: p for name, p in model.named_parameters()}
     patterns = []
+    kept = model._get_dtype_plan(model.dtype)
     for block in blocks:
         parts = [part for part in (block.gate, block.up, block.down) if part is not None]
         biases = {part.bias: state[part.bias] for part in parts if part.bias}
         ffn = FlashFFN(block, get_activation(model, block), biases, state[block.up.key].dtype)
+        if any(re.search(rf"(^|\.){name}\.", block.down.key) for name in kept):  # T5's wo overflows in fp16
+            ffn.compute_dtype = torch.float32
         install(model, block, ffn)
         patterns += [re.escape(part.key) for part in parts]
     for path in runtime.plan.streamed:
@@ -285,7 +288,7 @@ class _Sketches:
                 entry = self._file.entries[f"{path}.sketch.{name}"]
                 out = torch.empty(entry.n_bytes, dtype=torch.uint8)
                 file.seek(entry.start)
-                if file.readinto(memoryview(out.numpy())) != entry.n_bytes:
+                if file.readinto(out.numpy().data) != entry.n_bytes:
                     raise CheckpointError(f"{self._file.path} ended inside {entry.name}. Fetch it again.")
                 tensors[name] = out.view(dtype).view(entry.shape)
         kind = self._kinds[path]

@@ -21,12 +21,16 @@ RUNTIME_BYTES = 18 << 20  # modules imported late, threads' stacks, allocator sl
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only."""
+    """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only.
+
+    On flash it is in the checkpoint's dtype, so `row_bytes` and `flash_bytes` may differ from what DRAM would hold.
+    """
 
     path: str
     n_bytes: int
     lookup: bool = False
     row_bytes: int = 0
+    flash_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +122,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 256 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
+    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 128 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
         if plan is not None:
@@ -166,7 +170,7 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
     lookups = [m for m in demand.matrices if m.lookup]
     rest = [m for m in demand.matrices if not m.lookup]
     all_matrices = sum(m.n_bytes for m in demand.matrices)
-    choices = [([], all_matrices, ffn)] + [
+    choices: list[tuple[list[Matrix], int, int]] = [([], all_matrices, ffn)] + [
         ([*rest[n:], *lookups], sum(m.n_bytes for m in rest[:n]), _cache_floor(certified))
         for n in range(len(rest), -1, -1)
     ]
@@ -205,7 +209,7 @@ def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], stre
     cache = sum(slots[layer.path] * layer.row_bytes for layer in certified)
     pinned = _pin(sweeps, left - cache, chunk)
     held = cache
-    read = sum(m.n_bytes for m in streamed if not m.lookup) + sum(m.row_bytes for m in streamed if m.lookup)
+    read = sum(m.row_bytes if m.lookup else m.flash_bytes for m in streamed)
     for layer in sweeps:
         rows = pinned[layer.path]
         held += layer.matrix_bytes if rows == layer.n_neurons else rows * layer.row_bytes

@@ -107,7 +107,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     out = torch.empty(entry.n_bytes, dtype=torch.uint8)
     with open(entry.path, "rb", buffering=0) as file:
         file.seek(entry.start)
-        view, got = memoryview(out.numpy()), 0
+        view, got = out.numpy().data, 0
         while got < entry.n_bytes:
             n = file.readinto(view[got:])
             if not n:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -20,7 +23,7 @@ NOTICE = (
     "The FFN weights of this model are in flash-*.safetensors. `pip install hf_flash` and `import hf_flash` before "
     "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
 )
-_LOADING = ("memory", "gate", "delta", "context", "batch_size", "window", "n_threads", "cache_dir")
+LOADING_ATTRIBUTES = ("memory", "gate", "delta", "context", "batch_size", "window", "n_threads", "cache_dir")
 
 
 class FlashConfig(QuantizationConfigMixin):
@@ -88,7 +91,7 @@ class FlashConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What the caller passes wins over what a repo's config says (transformers asks for these)."""
         defaults = FlashConfig().__dict__
-        return {name: getattr(self, name) for name in _LOADING if getattr(self, name) != defaults[name]}
+        return {name: getattr(self, name) for name in LOADING_ATTRIBUTES if getattr(self, name) != defaults[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: nothing that belongs to one machine (memory, folders, threads)."""
@@ -114,19 +117,30 @@ class FlashConfig(QuantizationConfigMixin):
 def available_memory() -> int:
     """Bytes of DRAM that this process may still take: the system's, or its cgroup's where that is less."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
+    with contextlib.suppress(OSError, KeyError, ValueError), open("/proc/meminfo", encoding="utf-8") as file:
+        fields = dict(line.split(":", 1) for line in file)
         available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(limit) as a, open(used) as b:
-                available = min(available, int(a.read()) - int(b.read()))
-        except (OSError, ValueError):
-            continue
+    for limit, used in _cgroup_files():
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+            available = min(available, int(limit.read_text()) - int(used.read_text()))
     return max(available, 1)
+
+
+def _cgroup_files() -> Iterator[tuple[Path, Path]]:
+    """Limit and usage files of this process's memory cgroups and their parents, version 1 and 2."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / name.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place == root.parent:
+                break
+            yield place / names[0], place / names[1]

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +109,7 @@ class SweepEngine(Engine):
         step = stream.chunk_rows(self._unit)
         whole = pinned_rows >= layer.n_neurons
         self._pin = layer.n_neurons if whole else pinned_rows // step * step
+        stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer that is pinned in part
         self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
         self._max_tokens = max_tokens
@@ -283,11 +284,8 @@ class SparseEngine(Engine):
                 self._wait(lookup)
                 yield self._from_slots(neurons, lookup.slots)
             else:
-                batches = self._sweep(neurons, recent)
-                try:
+                with contextlib.closing(self._sweep(neurons, recent)) as batches:
                     yield batches
-                finally:
-                    batches.close()
 
     def _wait(self, lookup: Lookup) -> None:
         if lookup.ticket is None:
@@ -307,7 +305,7 @@ class SparseEngine(Engine):
             torch.index_select(self.cache.rows, 0, index, out=rows)
             yield (torch.from_numpy(neurons[i : i + self._batch_rows]), *self.layer.layout.split(rows))
 
-    def _sweep(self, neurons: IntArray, recent: IntArray) -> Iterator[Piece]:
+    def _sweep(self, neurons: IntArray, recent: IntArray) -> Generator[Piece]:
         """More neurons than slots: those in DRAM first, then the others in order, the next batch being read meanwhile."""
         slots = self.cache.cached(neurons)
         here = slots >= 0

@@ -49,10 +49,11 @@ class FlashFFN(nn.Module):
         self, block: FFNBlock, activation: ops.Activation, biases: Mapping[str, nn.Parameter], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.block, self.engine = block, None
-        self.engine: Engine | None
+        self.block = block
+        self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
         self.trim_once = False  # set there too: what was loaded since the model was (a tokenizer) left freed memory
+        self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
             self._take_inline(biases, dtype)
@@ -71,8 +72,8 @@ class FlashFFN(nn.Module):
         """This module stands where `fc1` stood and owns its bias; `down_stub` will stand where `fc2` did."""
         up, down = self.block.up.bias, self.block.down.bias
         self.register_parameter("bias", biases[up] if up else None)
-        stub = Bias(biases[down] if down else None, dtype)
-        self.__dict__["down_stub"] = stub  # not registered here: it is the layer's module
+        # In __dict__, not registered: it will be the layer's module, under fc2's name.
+        self.__dict__["down_stub"] = Bias(biases[down] if down else None, dtype)
 
     @property
     def act(self) -> ops.Activation:
@@ -87,7 +88,8 @@ class FlashFFN(nn.Module):
             if part is None or part.bias is None:
                 return None
             if self.block.inline:
-                return self.down_stub.bias if is_down else self.bias  # type: ignore[no-any-return]
+                owner: Any = self.down_stub if is_down else self
+                return owner.bias  # type: ignore[no-any-return]
             return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
 
         return Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))

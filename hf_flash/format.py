@@ -22,6 +22,7 @@ from hf_flash.layout import DATA_ALIGN, format_size, round_up
 
 FORMAT_VERSION = 1
 PAD_PREFIX = "hf_flash.pad."
+SOURCE_KEY = "hf_flash.source"  # header metadata: identity of the checkpoint that a file was made from
 RUN_BYTES = 1 << 20  # a checksum covers about this much
 _BLANK_CRC = "0" * 8
 
@@ -193,23 +194,17 @@ class TensorFileWriter:
         fd = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
         if fresh:
             try:
-                os.posix_fallocate(fd, 0, self.n_bytes)
-            except OSError as error:
+                with self._explain():
+                    os.posix_fallocate(fd, 0, self.n_bytes)
+                    self._journal.write_text(self._identity + "\n")
+            except OSError:
                 os.close(fd)
                 self._partial.unlink(missing_ok=True)
-                raise self._explain(error) from error
-            self._journal.write_text(self._identity + "\n")
+                raise
         return fd, set() if fresh else self._replay(fd, lines[1:])
 
-    def _explain(self, error: OSError) -> OSError:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        free = os.statvfs(self.path.parent)
-        return DiskFullError(
-            f"No room for {self.path}: it needs {format_size(self.n_bytes)}, {self.path.parent} has "
-            f"{format_size(free.f_bavail * free.f_frsize)} free. Nothing was lost; free some space or choose another "
-            "folder, then run the same command again."
-        )
+    def _explain(self) -> contextlib.AbstractContextManager[None]:
+        return explain_full_disk(self.path.parent, f" for {self.path.name}: it needs {format_size(self.n_bytes)}")
 
     def _replay(self, fd: int, lines: list[str]) -> set[str]:
         """Tensors that the journal lists and whose bytes still match their checksums."""
@@ -232,8 +227,8 @@ class TensorFileWriter:
             "__metadata__": {"hf_flash.header_crc32": header_crc, **self._metadata, "hf_flash.crc32": json.dumps(runs)}
         }
         for spec in self._specs:
-            start = self._offsets[spec.name]
-            header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, start + spec.n_bytes]}
+            start, stop = self._offsets[spec.name], self._offsets[spec.name] + spec.n_bytes
+            header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [start, stop]}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw = raw.ljust(round_up(8 + len(raw), DATA_ALIGN) - 8)
         return len(raw).to_bytes(8, "little") + raw
@@ -247,14 +242,12 @@ class TensorFileWriter:
         spec = next(s for s in self._specs if s.name == name)
         data = memoryview(data).cast("B")
         assert len(data) == spec.n_bytes, (name, len(data), spec.n_bytes)
-        try:
+        with self._explain():
             _pwrite_all(self._fd, data, self._header_bytes + self._offsets[name])
             os.fdatasync(self._fd)
             self._crcs[name] = _run_crcs(data, spec.run_bytes)
             with open(self._journal, "a") as journal:
                 journal.write(json.dumps([name, self._crcs[name]]) + "\n")
-        except OSError as error:
-            raise self._explain(error) from error
         self.done.add(name)
         os.posix_fadvise(self._fd, self._header_bytes + self._offsets[name], spec.n_bytes, os.POSIX_FADV_DONTNEED)
 
@@ -267,11 +260,9 @@ class TensorFileWriter:
         assert not missing, missing
         blank = self._header()
         crc = f"{zlib.crc32(blank[8:]):08x}"
-        try:
+        with self._explain():
             _pwrite_all(self._fd, memoryview(blank.replace(_BLANK_CRC.encode(), crc.encode(), 1)), 0)
             os.fsync(self._fd)
-        except OSError as error:
-            raise self._explain(error) from error
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self.close()
         os.replace(self._partial, self.path)
@@ -284,6 +275,25 @@ class TensorFileWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path, what: str = "") -> Iterator[None]:
+    """Turn the system's "no space left" into an error that says how much is wanted and what to do.
+
+    Raises:
+        DiskFullError: no space left.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = os.statvfs(folder)
+        raise DiskFullError(
+            f"No room in {folder}{what}, {format_size(free.f_bavail * free.f_frsize)} are free. Nothing was lost; free "
+            "some space or choose another folder, then run the same command again."
+        ) from error
 
 
 def _place(tensors: Sequence[TensorSpec], aligned: bool) -> tuple[list[TensorSpec], dict[str, int]]:

@@ -31,6 +31,7 @@ class FlashLinear(nn.Module):
     def __init__(self, stock: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = stock.in_features, stock.out_features
+        self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", stock.bias)
         self.weight = _no_weight(stock.weight.dtype)
         self._stream: Stream | None = None

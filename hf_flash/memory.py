@@ -28,7 +28,7 @@ def aligned_empty(n_bytes: int) -> torch.Tensor:
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous uint8 tensor as a buffer that `preadv` can fill; shares memory."""
-    return memoryview(tensor.numpy()).cast("B")
+    return tensor.numpy().data.cast("B")
 
 
 def trim_malloc() -> None:

@@ -6,6 +6,8 @@ slightly longer read faster than two ("it is worthwhile to read more than needed
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,7 +33,7 @@ def extents(rows: IntArray, max_gap_rows: int = 0, max_rows: int = MAX_EXTENT_RO
     cuts = np.flatnonzero(np.diff(rows) > max_gap_rows + 1) + 1
     bounds = [0, *cuts.tolist(), len(rows)]
     out: list[tuple[int, int]] = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         first = start
         while rows[stop - 1] - rows[first] >= max_rows:
             last = int(np.searchsorted(rows, rows[first] + max_rows))

@@ -8,7 +8,9 @@ Hub a few range requests: its files are stood in for by hollow ones, a true head
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -47,33 +49,54 @@ class Preview:
         name: as it was given.
         converted: whether it is a flash checkpoint already.
         config: the options it would be loaded with.
-        demand: what it asks for.
-        geometry: of its FFNs, by module path.
-        dtype: in which it would compute.
-        n_bytes: all its weights. ffn_bytes: those of its FFNs, as they lie on flash.
+        skeleton: the model on the meta device, in the dtype it would compute in.
+        blocks, geometry: its FFNs, and how they lie on flash, by module path.
+        located: where its other tensors lie.
     """
 
     name: str
     converted: bool
     config: FlashConfig
-    demand: Demand
+    skeleton: PreTrainedModel
+    blocks: list[FFNBlock]
     geometry: Mapping[str, attach.Geometry]
-    dtype: torch.dtype
-    n_bytes: int
-    ffn_bytes: int
+    located: Located
 
-    def plan(self, memory: int | None = None) -> Plan:
-        """Divide a cap; without one, the config's.
+    @functools.cached_property
+    def demand(self) -> Demand:
+        """What the model asks for."""
+        return attach.demand_of(self.skeleton, self.blocks, self.geometry, self.config, self.located)
+
+    def plan(self) -> Plan:
+        """Divide the config's cap.
 
         Raises:
             MemoryCapError: it is too small; names the smallest that would do.
         """
-        return budget.make_plan(self.demand, self.config.cap() if memory is None else memory)
+        return budget.make_plan(self.demand, self.config.cap())
 
     @property
     def smallest_cap(self) -> int:
         """The smallest cap for which there is a plan, bytes."""
         return budget.smallest_cap(self.demand)
+
+    @property
+    def ffn_bytes(self) -> int:
+        """Bytes of the FFNs on flash, padding included."""
+        return sum(g.n_neurons * g.layout.row_bytes for g in (self.geometry[b.path] for b in self.blocks))
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all weights as they are stored, without padding."""
+        ffn = sum(layer.matrix_bytes for layer in self.demand.layers)
+        stored = sum(entry.n_bytes for entry in self.located.by_key.values())
+        return stored + ffn if self.converted else stored
+
+    def with_options(self, **options: Any) -> Preview:
+        """The same checkpoint, planned for with other options (memory, context)."""
+        config = copy.copy(self.config)
+        vars(config).update(options)
+        return dataclasses.replace(self, config=config)
 
 
 def plan(
@@ -146,13 +169,7 @@ def look(
             blocks, geometry, located = _converted(skeleton, folder, files)
         else:
             blocks, geometry, located = _stock(skeleton, files, config)
-    demand = attach.demand_of(skeleton, blocks, geometry, config, located)
-    ffn_bytes = sum(geometry[b.path].n_neurons * geometry[b.path].layout.row_bytes for b in blocks)
-    rest = sum(e.n_bytes for e in located.by_key.values())
-    if not stored:  # the FFN's matrices are among them
-        rest -= sum(layer.matrix_bytes for layer in demand.layers)
-    n_bytes = rest + sum(layer.matrix_bytes for layer in demand.layers)
-    return Preview(os.fspath(model), bool(stored), config, demand, geometry, skeleton.dtype, n_bytes, ffn_bytes)
+    return Preview(os.fspath(model), bool(stored), config, skeleton, blocks, geometry, located)
 
 
 def _stock(

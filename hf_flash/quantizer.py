@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from hf_flash import attach, hub, save
-from hf_flash.config import QUANT_METHOD, FlashConfig
+from hf_flash.config import LOADING_ATTRIBUTES, QUANT_METHOD, FlashConfig
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import find_blocks
 from hf_flash.checkpoint import locate
@@ -111,8 +112,12 @@ def register() -> None:
         return
     auto.register_quantization_config(QUANT_METHOD)(FlashConfig)
     auto.register_quantizer(QUANT_METHOD)(FlashQuantizer)
+    names = "|".join(LOADING_ATTRIBUTES)
+    warnings.filterwarnings(  # transformers warns that the caller's values win; here that is what is promised
+        "ignore", message=rf"You passed `quantization_config`.*loading attributes \(e\.g\. \[('({names})',? ?)*\]\)"
+    )
     # Without this, what the caller passes for a converted folder is dropped with a warning.
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, FlashConfig)
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (FlashConfig,)  # type: ignore[assignment]
 
 
 assert os.name == "posix", "hf_flash needs a POSIX system"

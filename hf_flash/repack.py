@@ -12,9 +12,8 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,29 @@ from transformers.utils import logging
 
 from hf_flash import card, hub
 from hf_flash.check import check_blocks
-from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate, read_tensor
+from hf_flash.checkpoint import WEIGHTS_INDEX, Located, checkpoint_files, load_json, locate, read_tensor
 from hf_flash.config import FlashConfig
-from hf_flash.errors import CheckpointError, DiskFullError, UnknownArchitectureError
+from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
-from hf_flash.format import RUN_BYTES, TensorEntry, TensorFileWriter, TensorSpec, atomic_text, read_header
+from hf_flash.format import (
+    RUN_BYTES,
+    SOURCE_KEY,
+    TensorEntry,
+    TensorFileWriter,
+    TensorSpec,
+    atomic_text,
+    explain_full_disk,
+    read_header,
+)
 from hf_flash.gates.certified import GROUP, Sketch
-from hf_flash.layout import BundleLayout, format_size, parse_size, round_up
+from hf_flash.layout import BundleLayout, parse_size, round_up
+from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
 from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, flash_file_names, write_index
 
 logger = logging.get_logger(__name__)
 
 GATES_KEY = "hf_flash.gates"  # header metadata of gates.safetensors
 DEFAULT_SHARD = "5GB"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".partial")
-_MINE = ("config.json", "README.md", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +118,17 @@ class Source:
         return zero_below(get_activation(self.model, block)) is not None
 
     def identity(self) -> str:
-        """Hash that changes when the checkpoint does: names, sizes and times, or blob names in a Hub cache."""
+        """Hash that changes when the checkpoint does: names, sizes and times, or blob names in a Hub cache.
+
+        A blob is named for its content. What is sketched depends on the activation, which config.json says.
+        """
         digest = hashlib.sha256()
         for path in self.files:
             real = path.resolve()
             stat = real.stat()
-            digest.update(f"{path.name}|{real.name}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
-        digest.update("\n".join(f"{b.path}:{b.family}" for b in self.blocks).encode())
+            when = "" if real.parent.name == "blobs" else stat.st_mtime_ns
+            digest.update(f"{path.name}|{real.name}|{stat.st_size}|{when}\n".encode())
+        digest.update("\n".join(f"{b.path}:{b.family}:{self.can_certify(b)}" for b in self.blocks).encode())
         return digest.hexdigest()
 
 
@@ -209,7 +220,7 @@ def repack(
     gate_bits = FlashConfig(gate_bits=gate_bits).gate_bits
     folder = hub.local_folder(model, revision=revision, token=token)
     output = Path(output)
-    _check_folders(folder, output)
+    check_folders(folder, output)
     raw_config = load_json(folder / "config.json")
     if raw_config.get("quantization_config"):
         method = raw_config["quantization_config"].get("quant_method")
@@ -217,45 +228,28 @@ def repack(
         raise CheckpointError(f"{model} is {word}. Repack the original weights instead.")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder))
-    output.mkdir(parents=True, exist_ok=True)
     limit = parse_size(max_shard_size)
     n_bytes = sum(e.n_bytes for e in source.located.by_key.values())
-    _check_room(output, n_bytes, source, gate_bits)
-    with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking", disable=not progress) as bar:
-        write_flash(source, output, gate_bits, limit, bar)
-        _write_resident(source, output, limit, bar)
-    _copy_side_files(folder, output)
-    raw_config["quantization_config"] = {
-        **FlashConfig(gate_bits=gate_bits).to_dict(),
-        "ffn": describe(source),
-    }
-    with atomic_text(output / "config.json") as text:
-        text.append(json.dumps(raw_config, indent=2) + "\n")
-    card.write_card(output, folder, str(model), raw_config["quantization_config"]["ffn"])
+    raw_config["quantization_config"] = {**FlashConfig(gate_bits=gate_bits).to_dict(), "ffn": describe(source)}
+    output.mkdir(parents=True, exist_ok=True)
+    with only_writer(output), explain_full_disk(output):
+        check_contents(output, source.identity())
+        check_room(output, _room(source, n_bytes, gate_bits))
+        (output / "config.json").unlink(missing_ok=True)  # written last: a folder without it is unfinished
+        with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking", disable=not progress) as bar:
+            written = write_flash(source, output, gate_bits, limit, bar)
+            written += _write_resident(source, output, limit, bar)
+        copy_side_files(folder, output)
+        card.write_card(output, folder, str(model), raw_config["quantization_config"]["ffn"])
+        remove_others(output, written)
+        with atomic_text(output / "config.json") as text:
+            text.append(json.dumps(raw_config, indent=2) + "\n")
     return output
 
 
-def _check_folders(folder: Path, output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output} is a file; give the name of a folder to write.")
-    if output.resolve() == folder.resolve():
-        raise CheckpointError(f"{output} is the source itself; give another folder, nothing is repacked in place.")
-    if (output / "config.json").is_file():
-        method = load_json(output / "config.json").get("quantization_config", {}).get("quant_method")
-        if method != "hf_flash":
-            raise CheckpointError(f"{output} holds another checkpoint; give a new or an empty folder.")
-
-
-def _check_room(output: Path, n_bytes: int, source: Source, gate_bits: int) -> None:
-    needed = int(n_bytes * 1.02) + sum(
-        b.d_ffn * b.d_model * gate_bits // 7 for b in source.blocks if source.can_certify(b)
-    )
-    have = shutil.disk_usage(output).free + sum(f.stat().st_size for f in output.iterdir() if f.is_file())
-    if have < needed:
-        raise DiskFullError(
-            f"No room in {output}: the repacked checkpoint takes about {format_size(needed)}, {format_size(have)} are "
-            "free. Free some space or choose another folder, then run the same command again."
-        )
+def _room(source: Source, n_bytes: int, gate_bits: int) -> int:
+    """Bytes that `n_bytes` of weights take on flash, sketches included."""
+    return n_bytes + sum(b.d_ffn * b.d_model * gate_bits // 7 for b in source.blocks if source.can_certify(b))
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -286,7 +280,9 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
             _write_shard(source, blocks, path, identity, gates, gate_bits, bar)
             written.append(path)
         if gates is not None:
-            written.append(gates.finish())
+            gates.finish()
+    if any(source.can_certify(block) for block in source.blocks):
+        written.append(output / GATES_NAME)
     write_index(output, weight_map, sum(p.stat().st_size for p in written))
     return written
 
@@ -325,10 +321,11 @@ def _write_shard(
         specs.append(
             TensorSpec(tensor_name(block), "U8", (block.d_ffn, layout.row_bytes), block.d_ffn * layout.row_bytes, run)
         )
-    if _is_complete(path, identity) and (gates is None or all(f"{b.path}.sketch.norm" in gates.done for b in blocks)):
+    sketched = gates is None or all(f"{b.path}.sketch.norm" in gates.done for b in blocks if source.can_certify(b))
+    if sketched and _is_complete(path, identity, geometry):
         bar.update(sum(source.n_bytes(b) for b in blocks))
         return
-    metadata = {LAYERS_KEY: json.dumps(geometry), "hf_flash.source": identity}
+    metadata = {LAYERS_KEY: json.dumps(geometry), SOURCE_KEY: identity}
     with contextlib.closing(TensorFileWriter(path, specs, metadata, aligned=True, identity=identity)) as writer:
         for block in blocks:
             stored: dict[str, torch.Tensor] = {}
@@ -337,14 +334,15 @@ def _write_shard(
         writer.finish()
 
 
-def _is_complete(path: Path, identity: str) -> bool:
-    """Whether a finished file from the same source is there (a run was interrupted after it)."""
+def _is_complete(path: Path, identity: str, names: Iterable[str] = ()) -> bool:
+    """Whether a finished file from the same source, with these tensors, is there (a run was interrupted after it)."""
     if not path.is_file():
         return False
     try:
-        return read_header(path).metadata.get("hf_flash.source") == identity
+        header = read_header(path)
     except CheckpointError:
         return False
+    return header.metadata.get(SOURCE_KEY) == identity and set(names) <= set(header.entries)
 
 
 def _write_block(
@@ -366,18 +364,18 @@ def _write_block(
     up = matrix(block.up)
     if tensor_name(block) not in writer.done:
         rows = layout.pack(up, matrix(block.down).t(), gate)
-        writer.write(tensor_name(block), memoryview(rows.numpy()))
+        writer.write(tensor_name(block), rows.numpy().data)
         del rows
     if todo_sketch and gates is not None:
         sketch = Sketch.of(up if gate is None else gate, gate_bits, seed=block.index)
         for name, tensor in sketch.tensors().items():  # norm comes last and stands for all
-            gates.write(f"{block.path}.sketch.{name}", memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            gates.write(f"{block.path}.sketch.{name}", tensor.contiguous().view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager
 def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Iterator[TensorFileWriter | None]:
     blocks = [block for block in source.blocks if source.can_certify(block)]
-    if not blocks:
+    if not blocks or _is_complete(output / GATES_NAME, identity):
         yield None
         return
     specs = []
@@ -391,13 +389,17 @@ def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Ite
             TensorSpec(f"{name}.norm", "F32", (n,), 4 * n),
         ]
     kinds = {b.path: {"kind": "sketch", "bits": bits, "d_model": b.d_model} for b in blocks}
-    metadata = {GATES_KEY: json.dumps(kinds), "hf_flash.source": identity}
+    metadata = {GATES_KEY: json.dumps(kinds), SOURCE_KEY: identity}
     with contextlib.closing(TensorFileWriter(output / GATES_NAME, specs, metadata, identity=identity)) as writer:
         yield writer
 
 
-def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> None:
-    """Everything that is not on flash, byte for byte under its stock name, and a guard for each name that is."""
+def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> list[Path]:
+    """Everything that is not on flash, byte for byte under its stock name, and a guard for each name that is.
+
+    Returns:
+        The files written.
+    """
     ffn = {source.entry(part).name: source.entry(part) for block in source.blocks for part in parts_of(block)}
     shards: list[list[TensorSpec]] = [[TensorSpec(name, e.dtype, (0,), 0) for name, e in ffn.items()]]
     size = 0
@@ -416,10 +418,10 @@ def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> None:
     identity = source.identity()
     for name, specs in zip(names, shards, strict=True):
         n_bytes = sum(spec.n_bytes for spec in specs)
-        if _is_complete(output / name, identity):
+        if _is_complete(output / name, identity, [spec.name for spec in specs]):
             bar.update(n_bytes)
             continue
-        metadata = {"hf_flash.source": identity}
+        metadata = {SOURCE_KEY: identity}
         with contextlib.closing(TensorFileWriter(output / name, specs, metadata, identity=identity)) as writer:
             for spec in specs:
                 if spec.n_bytes and spec.name not in writer.done:
@@ -428,9 +430,11 @@ def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> None:
             writer.finish()
     if len(shards) > 1:
         weight_map = {spec.name: name for name, specs in zip(names, shards, strict=True) for spec in specs}
-        index = {"metadata": {"total_size": sum(s.n_bytes for specs in shards for s in specs)}, "weight_map": weight_map}
-        with atomic_text(output / "model.safetensors.index.json") as text:
+        total = sum(spec.n_bytes for specs in shards for spec in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        with atomic_text(output / WEIGHTS_INDEX) as text:
             text.append(json.dumps(index, indent=2) + "\n")
+    return [output / name for name in names]
 
 
 def _copy_raw(entry: TensorEntry, writer: TensorFileWriter) -> None:
@@ -439,17 +443,6 @@ def _copy_raw(entry: TensorEntry, writer: TensorFileWriter) -> None:
         view = memoryview(mapped)
         with view, view[entry.start : entry.start + entry.n_bytes] as data:
             writer.write(entry.name, data)
-
-
-def _copy_side_files(folder: Path, output: Path) -> None:
-    """Tokenizer, generation config, chat template, code: whatever is neither weights nor ours to write."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and path.name not in _MINE and path.name[0] != ".":
-            temporary = output / (path.name + ".partial")
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, output / path.name)
-    if (folder / "chat_templates").is_dir():
-        shutil.copytree(folder / "chat_templates", output / "chat_templates", dirs_exist_ok=True)
 
 
 def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig, name: str) -> Path:
@@ -470,17 +463,21 @@ def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig
     source = Source.open(model, files)
     root = Path(config.cache_dir) if config.cache_dir else default_cache()
     leaf = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) or "model"
-    folder = root / f"{leaf}-{source.identity()[:16]}-{config.gate_bits}bit"
+    identity = source.identity()
+    folder = root / f"{leaf}-{identity[:16]}-{config.gate_bits}bit"
     folder.mkdir(parents=True, exist_ok=True)
+    sketches = [GATES_NAME] if any(source.can_certify(block) for block in source.blocks) else []
     with FileLock(folder / ".lock"):
         with contextlib.suppress(CheckpointError):
-            if all((folder / name).is_file() for name in flash_file_names(folder)):
+            names = [*flash_file_names(folder), *sketches]
+            if all(_is_complete(folder / name, f"{identity}-{config.gate_bits}") for name in names):
                 return folder
         n_bytes = sum(source.n_bytes(block) for block in source.blocks)
         logger.warning_once(f"Repacking {name} for flash, once, into {folder}.")
-        _check_room(folder, n_bytes, source, config.gate_bits)
+        check_room(folder, _room(source, n_bytes, config.gate_bits))
         # from_pretrained calls this where tensors are born on the meta device
-        with torch.device("cpu"), tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking") as bar:
+        bar = tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking")
+        with torch.device("cpu"), explain_full_disk(folder), bar:
             write_flash(source, folder, config.gate_bits, parse_size(DEFAULT_SHARD), bar)
     return folder
 

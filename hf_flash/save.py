@@ -31,7 +31,7 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
 
     Takes the same arguments; also what `push_to_hub` calls.
     """
-    quantizer = self.hf_quantizer
+    quantizer: Any = self.hf_quantizer
     quantizer.saving.folder = os.fspath(save_directory)
     try:
         type(self).save_pretrained(self, save_directory, *args, **kwargs)

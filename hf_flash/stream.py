@@ -12,7 +12,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class Stream:
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
         self._units: list[Extent2D] = []
         self._first: dict[int, int] = {}  # rows of a unit that are pinned and no longer streamed
+        self._keep: dict[int, int] = {}  # rows of a unit that will be pinned after its first pass
+        self._begun: set[int] = set()  # units whose first pass has been read, or is being read
         self._order: list[int] = []
         self._next: dict[int, int] = {}
         self._last: int | None = None
@@ -76,11 +78,17 @@ class Stream:
         rows = self._units[unit]
         return min(rows.n_rows, max(1, self.chunk_bytes // rows.row_bytes))
 
+    def announce_pin(self, unit: int, n_rows: int) -> None:
+        """The caller will hold the first `n_rows` of a unit after one pass: they are read ahead once, not again."""
+        self._keep[unit] = n_rows
+
     def pin_first(self, unit: int, n_rows: int) -> None:
-        """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them from now on."""
+        """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them now."""
         with self.lock:
-            assert n_rows % self.chunk_rows(unit) == 0 or n_rows == self._units[unit].n_rows
-            self._drop_pending()
+            step = self.chunk_rows(unit)
+            assert n_rows % step == 0 or n_rows == self._units[unit].n_rows
+            if any(p.chunk[0] == unit and p.chunk[1] * step < n_rows for p in self._pending):
+                self._drop_pending()
             self._first[unit] = n_rows
             if n_rows == self._units[unit].n_rows and unit in self._order:
                 self._order.remove(unit)
@@ -112,7 +120,7 @@ class Stream:
             finally:
                 chunks.close()
 
-    def _chunks(self, unit: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def _chunks(self, unit: int) -> Generator[tuple[int, int, torch.Tensor]]:
         step, n_rows = self.chunk_rows(unit), self._units[unit].n_rows
         for start in range(self._first.get(unit, 0), n_rows, step):
             pending = self._take((unit, start // step))
@@ -133,21 +141,29 @@ class Stream:
         while self._pending[0].chunk != chunk:
             self._recycle(self._pending.popleft())
         taken = self._pending.popleft()
-        if not self._pending:
-            self._schedule(self._following(chunk))
+        if not self._pending and (following := self._following(chunk)) is not None:
+            self._schedule(following)
         self._refill()
         return taken
 
     def _refill(self) -> None:
         while self._pending and self._free:
-            self._schedule(self._following(self._pending[-1].chunk))
+            chunk = self._following(self._pending[-1].chunk)
+            if chunk is None:
+                return
+            self._schedule(chunk)
 
-    def _following(self, chunk: Chunk) -> Chunk:
+    def _following(self, chunk: Chunk) -> Chunk | None:
+        """The chunk to read ahead after this one; None where everything else stays in DRAM."""
         unit, number = chunk
         if (number + 1) * self.chunk_rows(unit) < self._units[unit].n_rows:
             return unit, number + 1
-        after = self._next.get(unit, unit)
-        return after, self._first.get(after, 0) // self.chunk_rows(after)
+        for _ in self._next:
+            unit = self._next.get(unit, unit)
+            first = self._keep.get(unit, 0) if unit in self._begun else self._first.get(unit, 0)
+            if first < self._units[unit].n_rows:
+                return unit, first // self.chunk_rows(unit)
+        return None
 
     def _schedule(self, chunk: Chunk) -> None:
         if not self._free and len(self._pending) < self._n_buffers:
@@ -155,6 +171,7 @@ class Stream:
         if not self._free:
             return
         unit, step = self._units[chunk[0]], self.chunk_rows(chunk[0])
+        self._begun.add(chunk[0])
         first = chunk[1] * step
         n = min(step, unit.n_rows - first)
         begin = unit.start + first * unit.row_bytes

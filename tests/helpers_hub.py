@@ -277,6 +277,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _model(self, repo_id: str, repo: Repo, rest: list[str], body: bytes) -> None:
         what, revision = (rest + [""])[0], "/".join(rest[1:]) or "main"
+        if what == "tree":
+            revision, _, below = revision.partition("/")
         if what == "branch":
             repo.refs.setdefault(revision, repo.refs["main"])
             return self._reply(200, {})
@@ -288,7 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in sorted(tree)]
             return self._reply(200, {"id": repo_id, "sha": sha, "private": repo.private, "siblings": siblings})
         if what == "tree":
-            return self._reply(200, [_entry(name, content) for name, content in sorted(tree.items())])
+            found = [_entry(name, content) for name, content in sorted(tree.items()) if name.startswith(below)]
+            return self._reply(200, found) if found else self._error(404, "no such folder", "EntryNotFound")
         if what == "preupload":
             files = [
                 {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular", "shouldIgnore": False}

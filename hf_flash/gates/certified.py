@@ -5,34 +5,35 @@ know the sign of z one needs w only roughly: a few bits per weight in DRAM (the 
 rounding can hide.
 
 The sketch. Weights are quantized in groups of 64 along d_model with step s (one per neuron and group), each rounded up
-or down *at random* so that its mean is exact: q = floor(w / s + u), u uniform in [0, 1). The step leaves room, nothing is
-clipped. With w^ = s q and E = w - w^, the entries E_j are independent, have mean zero and lie in an interval of length s.
+or down *at random* so that its mean is exact: q = floor(w / s + u), u uniform in [0, 1). The step leaves room, nothing
+is clipped. With w^ = s q and E = w - w^, the entries E_j are independent, have mean zero and lie in an interval of
+length s.
 
-The bound. For a fixed input x, w.x = w^.x + E.x where E.x is a sum of independent zero-mean terms, term j in an interval
-of length s_g |x_j|. Hoeffding's inequality gives
+The bound. For a fixed input x, w.x = w^.x + E.x where E.x is a sum of independent zero-mean terms, term j in an
+interval of length s_g |x_j|. Hoeffding's inequality gives
 
     P(E.x > t) <= exp(-2 t^2 / sum_g s_g^2 |x_g|^2),  so  t_H = sqrt(ln(1/delta) / 2 * sum_g s_g^2 |x_g|^2)
 
 fails with probability at most delta per decision (over the random rounding, which never saw x). Independently,
 Cauchy-Schwarz per group gives t_C = sum_g |E_g| |x_g|, which never fails. t = min(t_H, t_C).
 
-"Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_H, and delta = 0 (t_C alone) is
-for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
+"Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_H, and delta = 0 (t_C alone)
+is for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
 
-The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = (n + 8) u /
-(1 - (n + 8) u): the standard bound, relative to |w| |x|, of a sum of n float32 products in any order, with 8 roundings to
-spare for what is done to it here.
+The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = m u / (1 - m u)
+with m = d_model + 8: the standard bound, relative to |w| |x|, of a sum of d_model float32 products in any order, with 8
+roundings to spare for what is done to it here.
 - Our score is off by at most gamma |w^| |x|, and |w^| <= |w| + |E|.
-- Weights stored wider than the model computes are rounded once: by u' |w| |x|, and in float16 by 2^-25 per entry besides.
+- Weights stored wider than the model computes are rounded once: by u' |w| |x|, in float16 by 2^-25 an entry besides.
 - The dense model sums in float32, products and bias: gamma (|w| (1 + u') |x| + |b|).
 - It rounds to its dtype after the product, after the bias, or after both. Rounding is monotone, so with
   U = fl(w^.x) + t + what is above, the pre-activation is at most (V + b) + u' |V + b|, V = U + u' |U|.
-A neuron is silent if that is <= the threshold below which its activation is zero (0 for ReLU, ReLU^2 and ReLU-GLU, theta
-for FATReLU). Float32 products may be told to round their operands (TF32, bfloat16 on some CPUs); that is added too.
+A neuron is silent if that is <= the threshold below which its activation is zero (0 for ReLU, ReLU^2 and ReLU-GLU,
+theta for FATReLU). Float32 products may be told to round their operands (TF32, bfloat16 on some CPUs); that is added.
 
-Underflow and overflow need no terms, because inputs and weights of no ordinary size are not judged: a token whose largest
-entry is not within 2^-24 .. 2^60 wants every neuron, a neuron whose norm is not within 2^-24 .. 2^15 is always wanted (zero
-is exact). Where the dense model itself overflows, 0 * inf makes NaN there and nothing here.
+Underflow and overflow need no terms, because inputs and weights of no ordinary size are not judged: a token whose
+largest entry is not within 2^-24 .. 2^60 wants every neuron, a neuron whose norm is not within 2^-24 .. 2^15 is always
+wanted (zeros are exact). Where the dense model itself overflows, 0 * inf makes NaN there and nothing here.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Sketch:
     """A low-bit copy of the matrix that decides (gate rows, or up rows where there is no gate).
 
     Attributes:
-        codes: [n, groups * 8 * bits] uint8: 64 codes of `bits` bits per group, code + 2^(bits-1), little-endian bit stream.
+        codes: [n, groups * 8 * bits] uint8: a row's codes + 2^(bits-1), `bits` bits each, a little-endian bit stream.
         step: [n, groups] bfloat16, the group's step s.
         error: [n, groups] bfloat16, an upper bound of |E_g|.
         norm: [n] float32, an upper bound of |w| + |E|; infinite for a neuron that is always wanted.
@@ -160,7 +161,9 @@ class CertifiedGate:
         weight_dtype: dtype of the stored weights.
     """
 
-    def __init__(self, sketch: Sketch, delta: float = 1e-9, threshold: float = 0.0, weight_dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+    def __init__(
+        self, sketch: Sketch, delta: float = 1e-9, threshold: float = 0.0, weight_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
         self._weight_dtype = weight_dtype
         self._log = -math.log(delta) / 2 if delta > 0 else None

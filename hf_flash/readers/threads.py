@@ -191,6 +191,7 @@ def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int, 
     if got < need:
         raise ShortReadError(
             errno.EIO,
-            f"{file.path} ended early: wanted {need - extra} bytes at offset {offset + extra}, got {max(0, got - extra)}. "
+            f"{file.path} ended early: wanted {need - extra} bytes at offset {offset + extra}, "
+            f"got {max(0, got - extra)}. "
             "The file was truncated; run `hf-flash verify` on the folder and fetch the file again",
         )

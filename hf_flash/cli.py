@@ -1,0 +1,416 @@
+"""The command `hf-flash`. Reports go to stdout (one JSON object with --json), everything else to stderr.
+
+Commands import what they need when they run: torch and transformers take seconds, and --help should not.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from typer.core import TyperGroup
+
+from hf_flash.errors import FlashError, MemoryCapError
+from hf_flash.options import (
+    LOADING, MEMORY, TEXT, Context, Dtype, Folder, Gate, GateBits, Json, Memory, Model, Revision, Trust,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from hf_flash.preview import Preview
+
+DEBUG = "HF_FLASH_DEBUG"  # environment: show tracebacks, silence nothing
+out, err = Console(), Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns exceptions into a line that says what to do, and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if os.environ.get(DEBUG):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = "; run the same command again to go on" if ctx.invoked_subcommand == "repack" else ""
+            err.print(f"\ninterrupted{again}", style="yellow", highlight=False)
+            raise typer.Exit(130) from None
+        except FlashError as error:
+            _fail(str(error))
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+        except Exception as error:
+            if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show"):  # typer's own
+                raise
+            _fail(
+                f"{type(error).__name__}: {error}\nThis was not expected. Run it again with {DEBUG}=1 to see where it "
+                "comes from, and report it."
+            )
+
+
+def _fail(message: str) -> None:
+    err.print("error: ", style="bold red", end="")
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with:  hf-flash demo\n\nThen:  hf-flash plan facebook/opt-1.3b --memory 2GiB",
+)  # fmt: skip
+
+_PREPARE, _RUN = "Prepare a checkpoint", "Run a model"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hf_flash import __version__
+
+        below = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+        print(f"hf-flash {__version__} ({below}, python {sys.version.split()[0]})")
+        raise typer.Exit
+
+
+@app.callback()
+def callback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Run Hugging Face transformers models that are larger than the memory they are allowed.
+
+    FFN weights stay on the SSD and are read as they are needed; what is computed is the same. Sizes are written 4GiB,
+    512MiB or in bytes.
+    """
+
+
+@app.command(
+    rich_help_panel=_PREPARE,
+    epilog="Examples:\n\nhf-flash repack facebook/opt-1.3b opt-1.3b-flash\n\n"
+    "hf-flash repack ./my-model ./my-model-flash --max-shard-size 2GB",
+)
+def repack(
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help="Stock folder or Hub repo.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="Folder to write.")],
+    gate_bits: GateBits = 8,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a file at most.")] = "5GB",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a stock checkpoint so that FFN weights can be read neuron by neuron.
+
+    Needs memory for one layer and room on disk for a second copy. Nothing is rounded. An interrupted run goes on where
+    it stopped when the same command is given again. The result is an ordinary Hub repo: see `push`.
+    """
+    _quiet()
+    from hf_flash import contents, show
+    from hf_flash.repack import repack as repack_folder
+
+    start = time.monotonic()
+    folder = repack_folder(
+        model, output, gate_bits=gate_bits, max_shard_size=max_shard_size, revision=revision,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    found = contents.contents(folder)
+    _report({**found.to_dict(), "seconds": time.monotonic() - start}, show.contents_view(found), as_json)
+    _hint(f"next: hf-flash run {folder} --memory SIZE --prompt TEXT")
+
+
+@app.command(
+    rich_help_panel=_RUN,
+    epilog="Examples:\n\nhf-flash plan facebook/opt-6.7b --memory 4GiB\n\n"
+    "hf-flash plan ./opt-1.3b-flash --memory 1GiB --context 4096 --json",
+)
+def plan(
+    model: Model,
+    memory: Memory = None,
+    gate: Gate = "auto",
+    context: Context = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=MEMORY, help="Sequences.")] = 1,
+    gate_bits: GateBits = 8,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show who would get how much of a memory cap, and the smallest cap that would do.
+
+    Reads headers only: nothing is loaded, repacked or, from the Hub, downloaded.
+    """
+    _quiet()
+    from hf_flash import show
+    from hf_flash.config import FlashConfig
+    from hf_flash.preview import look
+
+    config = FlashConfig(memory, gate=gate, context=context, batch_size=batch_size, gate_bits=gate_bits)
+    preview = look(model, config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    smallest = preview.smallest_cap
+    if config.cap() < smallest and not as_json:  # show what it takes, then say no
+        least = preview.with_options(memory=smallest)
+        err.print(show.plan_view(least, least.plan()))
+    made = _planned(preview)
+    figures = {"n_bytes": preview.n_bytes, "ffn_bytes": preview.ffn_bytes, "smallest_cap": smallest}
+    figures |= {"model": model, "converted": preview.converted, "dtype": str(preview.skeleton.dtype)}
+    _report({**figures, **made.to_dict()}, show.plan_view(preview, made), as_json)
+
+
+def _planned(preview: Preview) -> Any:
+    """The plan; where there is none, an error in the command line's words."""
+    from hf_flash.layout import format_size
+
+    cap, smallest = preview.config.cap(), preview.smallest_cap
+    if cap >= smallest:
+        return preview.plan()
+    demand = preview.demand
+    spent = demand.kv_bytes + demand.activation_bytes
+    hint = (
+        f" {format_size(spent)} of it are for {demand.context} tokens: a shorter --context needs less."
+        if spent > smallest // 4
+        else ""
+    )
+    raise MemoryCapError(
+        f"a memory cap of {format_size(cap)} is too small for {preview.name}; the smallest that would do is "
+        f"{format_size(smallest)}.{hint} Pass --memory {smallest >> 20}MiB or more."
+    )
+
+
+@app.command(
+    rich_help_panel=_RUN,
+    epilog='Examples:\n\nhf-flash run ./opt-1.3b-flash --memory 1GiB --prompt "The history of"\n\n'
+    'hf-flash run Qwen/Qwen3-4B --memory 3GiB --prompt "Why is the sky blue?" --max-new-tokens 200\n\n'
+    "cat question.txt | hf-flash run ./my-model-flash --prompt - > answer.txt",
+)
+def run(
+    model: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", rich_help_panel=TEXT, show_default=False, help="Text, or - for stdin.")
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT, help="At most.")
+    ] = 64,
+    memory: Memory = None,
+    gate: Gate = "auto",
+    context: Context = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", rich_help_panel=TEXT, help="Continue the text; no chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(rich_help_panel=TEXT, show_default=False, help="System message of a chat.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, rich_help_panel=TEXT, help="0 takes the likeliest token; more is more random.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=TEXT, show_default=False, help="Of the sampling.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", rich_help_panel=LOADING, show_default=False, help="Another's.")
+    ] = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text, and say what was read, found in memory and waited for.
+
+    Text goes to stdout as it comes, figures to stderr. A stock model is repacked into the cache first, once; the cap is
+    checked before that. Chat models get their template unless --raw is given.
+    """
+    _quiet()
+    import torch
+
+    from hf_flash import session
+    from hf_flash.config import FlashConfig
+    from hf_flash.preview import look
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    preview = look(model, FlashConfig(memory, gate=gate, context=context), dtype=dtype, **options)
+    reader = session.load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code)
+    inputs = session.encode(reader, text, raw=raw, system=system)
+    preview = session.fit_context(preview, inputs, max_new_tokens)
+    made = _planned(preview)
+    if not preview.converted:
+        _hint("a stock checkpoint: repacked into the cache on first use (`hf-flash repack` makes a folder of your own)")
+    opened = session.Session.open(preview, reader, **options)
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
+    done = _stream(opened, inputs, max_new_tokens, as_json, **sampling)
+    _report_run(preview, made, opened, done, as_json)
+    if done.interrupted:
+        raise KeyboardInterrupt
+
+
+def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **options: Any) -> Any:
+    """Generate, with the text going where it belongs."""
+    to = sys.stderr if as_json else sys.stdout
+    done = opened.generate(inputs, max_new_tokens, lambda piece: print(piece, end="", flush=True, file=to), **options)
+    print(file=to)
+    return done
+
+
+@app.command(
+    rich_help_panel=_RUN, epilog="Examples:\n\nhf-flash demo\n\nhf-flash demo --keep ./relu-flash --memory 64MiB"
+)
+def demo(
+    memory: Memory = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT)] = 48,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", show_default=False, help="Keep the repacked model here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """See it work in half a minute, with the small model that comes with the package.
+
+    Repacks it, plans a cap that its FFN weights do not fit into, runs it from flash with the certified gate, and compares
+    the tokens with those of the same model held in memory. Exits with 1 if one differs.
+    """
+    _quiet()
+    from hf_flash import demo as data
+    from hf_flash import session, show
+    from hf_flash.config import FlashConfig
+    from hf_flash.preview import look
+    from hf_flash.repack import repack as repack_folder
+
+    say = err if as_json else out
+    with tempfile.TemporaryDirectory(prefix="hf-flash-demo-") as temporary:
+        folder = keep or Path(temporary) / f"{data.MODEL.name}-flash"
+        _step(say, f"hf-flash repack {data.MODEL.name} {folder.name}")
+        repack_folder(data.MODEL, folder)
+        preview = look(folder, FlashConfig(memory, gate="certified", context=data.CONTEXT + max_new_tokens))
+        if memory is None:
+            preview = preview.with_options(memory=data.tight_cap(preview))
+        made = _planned(preview)
+        _step(say, f"hf-flash plan {folder.name} --memory {made.memory >> 20}MiB --gate certified")
+        say.print(show.plan_view(preview, made))
+        _step(say, f"hf-flash run {folder.name} --memory {made.memory >> 20}MiB --gate certified --prompt ...")
+        reader = session.load_tokenizer(str(folder))
+        inputs = session.encode(reader, data.PROMPT, raw=True)
+        opened = session.Session.open(preview, reader)
+        say.print(data.PROMPT, end="", style="dim", highlight=False)
+        done = _stream(opened, inputs, max_new_tokens, as_json)
+        if done.interrupted:
+            raise KeyboardInterrupt
+        dense = data.dense_tokens(opened, inputs, max_new_tokens)
+        _report_run(preview, made, opened, done, as_json, on=say, equal=dense == done.token_ids, prompt=data.PROMPT)
+    equal = sum(a == b for a, b in zip(dense, done.token_ids, strict=False))
+    if dense != done.token_ids:
+        _fail(f"tokens NOT equal to the dense model's: {equal} of {len(dense)} are. Please report this.")
+    say.print(f"tokens equal to the dense model's: yes, all {equal}", style="green", highlight=False)
+
+
+def _step(say: Console, command: str) -> None:
+    say.print(f"\n$ {command}", style="bold", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    rich_help_panel=_PREPARE,
+    epilog="Examples:\n\nhf-flash inspect ./opt-1.3b-flash\n\nhf-flash inspect ./opt-1.3b-flash --layers",
+)
+def inspect(
+    folder: Model,
+    layers: Annotated[bool, typer.Option("--layers", help="A row per layer.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a repacked checkpoint holds: shapes, gates, files, sizes. Reads headers only."""
+    _quiet()
+    from hf_flash import contents, show
+
+    found = contents.contents(folder, revision=revision)
+    _report(found.to_dict(), show.contents_view(found, layers), as_json)
+
+
+@app.command(rich_help_panel=_PREPARE, epilog="Example:\n\nhf-flash verify ./opt-1.3b-flash")
+def verify(folder: Folder, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """Check every byte of a repacked checkpoint against its checksums, and that its files belong together.
+
+    Exits with 1 and names every damaged place if one is found.
+    """
+    _quiet()
+    from hf_flash import show
+    from hf_flash.verify import verify as verify_folder
+
+    report = verify_folder(folder, trust_remote_code=trust_remote_code)
+    _report(report.to_dict(), show.verify_view(report), as_json)
+    if not report.ok:
+        _fail(f"{folder} is damaged: {report.problems[0]}")
+
+
+@app.command(
+    rich_help_panel=_PREPARE,
+    epilog="Examples:\n\nhf-flash push ./opt-1.3b-flash me/opt-1.3b-flash --private\n\n"
+    "hf-flash push ./opt-1.3b-flash someone/opt-1.3b-flash --create-pr",
+)
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", show_default=False, help="user/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repo if there is none.")] = False,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Of the commit.")] = "Upload flash checkpoint",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a repacked checkpoint to the Hub. Anyone can then run it by its name. Log in first: `hf auth login`."""
+    _quiet()
+    from hf_flash.hub import push as push_folder
+
+    url = push_folder(folder, repo_id, private=private or None, commit_message=message, create_pr=create_pr)
+    _report({"url": url, "repo_id": repo_id}, url, as_json)
+
+
+def _report_run(
+    preview: Preview, made: Any, opened: Any, done: Any, as_json: bool, on: Console = err, **more: Any
+) -> None:
+    from hf_flash import show
+
+    plan_dict = opened.stats.plan
+    figures = {"model": preview.name, "memory": made.memory, "load_s": opened.load_s, **done.to_dict(), **more}
+    if as_json:
+        _report({**figures, "plan": plan_dict}, "", True)
+    on.print(show.generation_view(done, made, opened.load_s))
+
+
+def _report(figures: dict[str, Any], view: RenderableType, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, indent=2, default=str))
+    else:
+        out.print(view)
+
+
+def _hint(text: str) -> None:
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Silence what libraries say and a user of the command cannot act on. Errors and progress bars stay."""
+    if os.environ.get(DEBUG):
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import transformers
+
+    transformers.logging.set_verbosity(transformers.logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])
+
+
+def main() -> None:
+    """Entry point of `hf-flash`."""
+    try:
+        app(prog_name="hf-flash")
+    except BrokenPipeError:  # `hf-flash inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+MEMORY, LOADING, TEXT = "Memory", "Loading", "Text"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", show_default=False, help="Folder or Hub repo, stock or repacked.")
+]
+Folder = Annotated[
+    str, typer.Argument(metavar="FOLDER", show_default=False, help="A folder that `hf-flash repack` wrote.")
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", "-m", metavar="SIZE", rich_help_panel=MEMORY, show_default=False,
+        help="Cap on all that the model takes, such as 4GiB. Default: HF_FLASH_MEMORY, else three quarters of what is "
+        "free.",
+    ),
+]  # fmt: skip
+Gate = Annotated[
+    str,
+    typer.Option(
+        metavar="GATE", rich_help_panel=MEMORY,
+        help="all: stream every neuron. certified: read those that may fire (ReLU and its kin). auto: the best that is "
+        "exact.",
+    ),
+]  # fmt: skip
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS", min=1, rich_help_panel=MEMORY, show_default=False,
+        help="Tokens to plan the KV cache for. Default: plan, 1024; run, what it will need.",
+    ),
+]  # fmt: skip
+GateBits = Annotated[
+    int, typer.Option(metavar="BITS", help="Bits per weight of the certified gate's sketch, 4 to 8.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE", rich_help_panel=LOADING, show_default=False,
+        help="Compute in bfloat16, float16 or float32. Default: as the checkpoint's config says.",
+    ),
+]  # fmt: skip
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", rich_help_panel=LOADING, show_default=False, help="Branch, tag or commit of a repo."),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", rich_help_panel=LOADING, help="Run the code that a repo brings along.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]

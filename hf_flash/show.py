@@ -1,0 +1,171 @@
+"""Plans, runs and checkpoints as tables for a terminal. Nothing here prints; cli.py does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hf_flash.budget import Plan
+from hf_flash.contents import Contents, LayerContents
+from hf_flash.layout import format_size
+from hf_flash.preview import Preview
+from hf_flash.session import Generation, Phase
+from hf_flash.verify import VerifyReport
+
+
+def plan_view(preview: Preview, plan: Plan) -> RenderableType:
+    """Who has what of the cap, and what a token will cost."""
+    n = len(preview.blocks)
+    kind = "flash checkpoint" if preview.converted else "stock checkpoint"
+    dtype = str(preview.skeleton.dtype).removeprefix("torch.")
+    head = (
+        f"{preview.name}: {kind}, computes in {dtype}; {format_size(preview.n_bytes)} of weights, "
+        f"{format_size(sum(layer.matrix_bytes for layer in preview.demand.layers))} of them in {n} FFN layers"
+    )
+    table = _table("memory goes to", "", "", right=(1,))
+    for part, n_bytes in plan.parts.items():
+        if n_bytes:
+            table.add_row(part, format_size(n_bytes), _part_note(part, preview, plan))
+    table.add_row("free", format_size(plan.memory - plan.total_bytes), "", end_section=True)
+    table.add_row("cap", format_size(plan.memory), f"the smallest that would do: {format_size(preview.smallest_cap)}")
+    return Group(_line(head), table, *map(_line, _reads(preview, plan)))
+
+
+def _part_note(part: str, preview: Preview, plan: Plan) -> str:
+    ffn = sum(layer.matrix_bytes for layer in preview.demand.layers)
+    sketched = [preview.geometry[path] for path, gate in plan.gates.items() if gate == "certified"]
+    bits = "/".join(str(b) for b in sorted({g.sketch_bits for g in sketched}))
+    notes = {
+        "always resident": "norms, biases, tied embeddings",
+        "KV cache": f"{plan.context} tokens x batch {plan.batch_size}",
+        "activations": f"a pass over {plan.max_tokens} tokens",
+        "runtime": "threads, allocator, torch's scratch",
+        "gates": f"{bits}-bit sketches of {len(sketched)} layers",
+        "batches": "neurons of a prompt on their way",
+        "stream": "read buffers",
+        "resident matrices": "attention, embeddings, head",
+        "FFN cache": f"{plan.parts.get('FFN cache', 0) / max(ffn, 1):.0%} of the FFN weights",
+    }
+    return notes.get(part, "")
+
+
+def _reads(preview: Preview, plan: Plan) -> list[str]:
+    """What a token reads, in words."""
+    gates = Counter(plan.gates.values())
+    lines = ["gate: " + ", ".join(f"{gate} in {n} layers" for gate, n in sorted(gates.items()))]
+    if plan.streamed:
+        sizes = {m.path: m.n_bytes for m in preview.demand.matrices if not m.lookup}
+        moved = sum(sizes.get(path, 0) for path in plan.streamed)
+        lookups = len(plan.streamed) - sum(path in sizes for path in plan.streamed)
+        words = [f"{len(plan.streamed) - lookups} other matrices ({format_size(moved)})"] if moved else []
+        words += ["the input embedding (a row per token)"] if lookups else []
+        lines.append(f"streamed from flash as well: {' and '.join(words)}")
+    certified = gates.get("certified", 0)
+    rest = ", and of the certified layers the neurons that may fire and are not cached" if certified else ""
+    lines.append(f"read per new token: {format_size(plan.bytes_per_token)}{rest}")
+    return lines
+
+
+def generation_view(generation: Generation, plan: Plan, load_s: float) -> RenderableType:
+    """What a run read, hit and waited for."""
+    prompt, decode = generation.prompt, generation.decode
+    table = _table("", "prompt", "new tokens", right=(1, 2))
+    rows = {
+        "tokens": lambda p: str(p.n_tokens),
+        "seconds": lambda p: f"{p.seconds:.2f}",
+        "tokens/s": lambda p: f"{p.tokens_per_s:.2f}",
+        "read from flash": lambda p: format_size(p.stats["bytes_read"]),
+        "bytes per token": lambda p: format_size(p.bytes_per_token),
+        "neurons found in DRAM": lambda p: "-" if p.hit_rate is None else f"{p.hit_rate:.1%}",
+        "waited for flash": lambda p: _seconds(p, "wait_s"),
+        "gates": lambda p: _seconds(p, "gate_s"),
+        "FFN arithmetic": lambda p: _seconds(p, "compute_s"),
+    }
+    for name, show in rows.items():
+        table.add_row(name, show(prompt), show(decode) if decode.n_tokens else "-")
+    peak, base = generation.peak_rss_bytes, generation.base_rss_bytes
+    return Group(
+        table,
+        _line(
+            f"opened in {load_s:.2f} s; first token after {prompt.seconds:.2f} s; "
+            f"{decode.tokens_per_s:.2f} tokens/s after that"
+        ),
+        _line(
+            f"peak memory (RSS) {format_size(peak)}, {format_size(max(0, peak - base))} more than before the model; "
+            f"the cap is {format_size(plan.memory)}"
+        ),
+    )
+
+
+def _seconds(phase: Phase, name: str) -> str:
+    share = phase.stats[name] / phase.seconds if phase.seconds else 0.0
+    return f"{phase.stats[name]:.2f} s ({share:.0%})"
+
+
+def contents_view(contents: Contents, per_layer: bool = False) -> RenderableType:
+    """Geometry, gates and files of a flash checkpoint."""
+    n = len(contents.layers)
+    head = f"{contents.name}: {contents.architecture} ({contents.model_type}), {n} FFN layers on flash"
+    shapes = _table("FFN layers", "d_model", "d_ffn", "neuron", "dtype", "bytes", "sketch", right=(1, 2, 3, 5, 6))
+    if per_layer:
+        for layer in contents.layers:
+            shapes.add_row(layer.path, *_shape(layer), format_size(layer.n_bytes), _sketch([layer]))
+    else:
+        groups: dict[tuple[str, ...], list[LayerContents]] = {}
+        for layer in contents.layers:
+            groups.setdefault((*_shape(layer), str(layer.sketch_bits)), []).append(layer)
+        for layers in groups.values():
+            n_bytes = sum(layer.n_bytes for layer in layers)
+            shapes.add_row(str(len(layers)), *_shape(layers[0]), format_size(n_bytes), _sketch(layers))
+    files = _table("file", "holds", "bytes", right=(2,))
+    for file in contents.files:
+        if file.role != "other":
+            files.add_row(Text(file.name), file.role, format_size(file.n_bytes))
+    other = [file for file in contents.files if file.role == "other"]
+    if other:
+        files.add_row(f"{len(other)} others", "tokenizer, configs", format_size(sum(f.n_bytes for f in other)))
+    files.add_section()
+    files.add_row("", "", format_size(sum(file.n_bytes for file in contents.files)))
+    asked = contents.options.get("gate", "auto")
+    gate = f"gate: {contents.gate}" + (f" ({asked!r} asks for it)" if asked != contents.gate else "")
+    return Group(_line(head), shapes, files, _line(gate))
+
+
+def _shape(layer: LayerContents) -> tuple[str, ...]:
+    spelling = "gate, up, down" if layer.gated else "up, down"
+    return str(layer.d_model), str(layer.n_neurons), format_size(layer.row_bytes), f"{layer.dtype} ({spelling})"
+
+
+def _sketch(layers: Sequence[LayerContents]) -> str:
+    if not layers[0].sketch_bits:
+        return "none"
+    return f"{layers[0].sketch_bits} bits, {format_size(sum(layer.sketch_bytes for layer in layers))}"
+
+
+def verify_view(report: VerifyReport) -> RenderableType:
+    """Files checked, and what is wrong with them."""
+    table = _table("file", "holds", "bytes", "", right=(2,))
+    for file in report.files:
+        verdict = "[red]damaged[/]" if file.problems else "[green]whole[/]" if file.checked else "header only"
+        table.add_row(Text(file.name), file.role, format_size(file.n_bytes), verdict)
+    lines = [_line(f"note: {note}") for note in report.notes]
+    lines += [Text(f"problem: {problem}", style="red", overflow="fold") for problem in report.problems]
+    rate = f"{format_size(report.n_bytes)} in {report.seconds:.1f} s"
+    n = len(report.problems)
+    verdict = "every byte is as it was written" if report.ok else f"{n} problem{'s' if n > 1 else ''}"
+    return Group(table, *lines, _line(f"{report.folder}: {verdict} ({rate})"))
+
+
+def _table(*titles: str, right: Sequence[int] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="right" if i in right else "left", overflow="fold")
+    return table
+
+
+def _line(text: str) -> Text:
+    return Text(text, overflow="fold")
