@@ -218,7 +218,7 @@ def files_in(paths: Iterable[str | os.PathLike]) -> list[Path]:
     """Every regular file named by, or below, `paths`."""
     found: list[Path] = []
     for path in map(Path, paths):
-        found += [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path]
+        found += [f for f in path.rglob("*") if f.is_file()] if path.is_dir() else [path] * path.is_file()
     return found
 
 

@@ -69,6 +69,8 @@ def library_files() -> tuple[str, ...]:
 def warm_libraries() -> None:
     """Bring the library files into the page cache from here, so that no capped run is charged for them."""
     for file in library_files():
+        if not os.path.isfile(file):  # an editor or git may have taken a source file away
+            continue
         with open(file, "rb", buffering=0) as f:
             while f.read(1 << 20):
                 pass

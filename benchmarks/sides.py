@@ -140,8 +140,9 @@ def tensor_bytes(model_dir: Path) -> dict[str, int]:
 def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> int | None:
     """The number of resident layers that serves accelerate best under this limit, found by trying.
 
-    From what the limit could hold at most downwards until one run survives, then on while fewer layers (more room for
-    the page cache) are faster. One try has 120 s; what has not generated four tokens by then is too slow.
+    Starts from what fits beside the head and 40 MB of work memory, goes up while more layers are faster, and down while
+    fewer are (which leave more room for the page cache) or until one run survives at all. A try has 120 s; what has not
+    generated four tokens by then is too slow.
 
     Returns:
         The best number, or None if not even 0 survives.
@@ -150,21 +151,35 @@ def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> i
     n_layers = 1 + max(int(name.split(".")[2]) for name in sizes if name.startswith("model.layers."))
     per_layer = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
     head = sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"])
-    most = min(n_layers, max(0, int((limit_bytes - allowance - head) // per_layer) + 1))
-    best: tuple[float, int] | None = None
-    for n in range(most, -1, -1):
-        run = run_side("accelerate", {**spec, "n_resident": n, "n_tokens": 4}, limit_bytes, timeout_s=120)
-        if run.ok:
-            seconds = run.result()["s_per_token"]
-            words = f"{seconds:.3f} s/token"
-        else:
-            words = "killed" if run.oom_killed else "slower than 120 s" if run.returncode == 124 else "failed"
-        print(f"  trying accelerate, {n} of {n_layers} layers resident: {words}", flush=True)
-        if run.ok and best is not None and seconds > 0.97 * best[0]:
+    start = min(n_layers, max(0, int((limit_bytes - allowance - head - 40e6) // per_layer)))
+    seconds: dict[int, float] = {}
+
+    def faster(n: int, than: int) -> bool:
+        seconds[n] = _try_resident(spec, n, n_layers, limit_bytes)
+        return seconds[n] < 0.97 * seconds.get(than, float("inf"))
+
+    best = start
+    faster(start, start)
+    for step, end in ((1, n_layers), (-1, 0)):
+        while best != end and seconds.get(best + step) is None and faster(best + step, best):
+            best += step
+        if best != start:
             break
-        if run.ok:
-            best = (seconds, n)
-    return best[1] if best else None
+    while seconds[best] == float("inf") and best > 0:
+        best -= 1
+        if best not in seconds:
+            faster(best, best)
+    return best if seconds[best] < float("inf") else None
+
+
+def _try_resident(spec: dict[str, Any], n: int, n_layers: int, limit_bytes: int) -> float:
+    """Seconds per token with `n` layers resident; infinite if it did not get through."""
+    run = run_side("accelerate", {**spec, "n_resident": n, "n_tokens": 4}, limit_bytes, timeout_s=120)
+    seconds = run.result()["s_per_token"] if run.ok else float("inf")
+    words = "killed" if run.oom_killed else "slower than 120 s" if run.returncode == 124 else "failed"
+    words = f"{seconds:.3f} s/token" if run.ok else words
+    print(f"  trying accelerate, {n} of {n_layers} layers resident: {words}", flush=True)
+    return seconds
 
 
 def main() -> None:

@@ -6,24 +6,38 @@ FFN weights stay on flash, neuron by neuron; `import hf_flash` registers the bac
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
-from hf_flash.config import FlashConfig
-from hf_flash.errors import FlashError
-from hf_flash.families import FATReLU
-from hf_flash.hub import push
-from hf_flash.patch import is_flash, patch
-from hf_flash.quantizer import register
-from hf_flash.repack import repack
-from hf_flash.save import runtime_of
-from hf_flash.stats import FlashStats
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["FATReLU", "FlashConfig", "FlashError", "FlashStats", "is_flash", "patch", "push", "repack", "stats"]
+__all__ = [
+    "FATReLU", "FlashConfig", "FlashError", "FlashStats", "is_flash", "patch", "plan", "push", "repack", "smallest_cap",
+    "stats", "verify",
+]  # fmt: skip
 
-register()
+
+def _is_command() -> bool:
+    """Whether this process is `hf-flash`, which imports torch and transformers when a command needs them."""
+    return Path((sys.argv or [""])[0]).name == "hf-flash" or sys.orig_argv[1:3] == ["-m", "hf_flash"]
+
+
+if TYPE_CHECKING or not _is_command():
+    from torch import nn
+
+    from hf_flash.config import FlashConfig
+    from hf_flash.errors import FlashError
+    from hf_flash.families import FATReLU
+    from hf_flash.hub import push
+    from hf_flash.patch import is_flash, patch
+    from hf_flash.preview import plan, smallest_cap
+    from hf_flash.quantizer import register
+    from hf_flash.repack import repack
+    from hf_flash.save import runtime_of
+    from hf_flash.stats import FlashStats
+    from hf_flash.verify import verify
+
+    register()
 
 
 def stats(model: nn.Module) -> FlashStats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from hf_flash.engine import GATE_TOKENS, SparseEngine, SweepEngine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import TensorFile, read_header
+from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear
@@ -57,11 +57,13 @@ class FlashRuntime:
         config, plan, stats: as the user sees them.
         store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
         located: where the resident tensors lie.
+        stored_paths: module path -> its name on flash, where the checkpoint was made from another class of the model.
     """
 
     def __init__(self, config: FlashConfig, plan: Plan, blocks: list[FFNBlock], located: Located | None) -> None:
         self.config, self.plan, self.blocks, self.located = config, plan, blocks, located
         self.stats = FlashStats(plan=plan.to_dict())
+        self.stored_paths: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         self.gates_file: Path | None = None
         self.store: FlashStore | None = None
@@ -102,6 +104,37 @@ def match_geometry(blocks: list[FFNBlock], geometry: Mapping[str, Geometry], whe
                 f"{where} has {what} for {block.path} ({block.block_class}): flash files and config.json do not belong "
                 "together. Repack the checkpoint."
             )
+
+
+def stored_paths(model: PreTrainedModel, blocks: list[FFNBlock], geometry: Mapping[str, Geometry]) -> dict[str, str]:
+    """What a model's blocks are called on flash: a bare model's lack the prefix that the same model with a head has."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {}
+    for block in blocks:
+        for name in (block.path, prefix + block.path, block.path.removeprefix(prefix)):
+            if name in geometry:
+                names[block.path] = name
+                break
+    return names
+
+
+def match_sources(files: Iterable[Path]) -> None:
+    """Refuse files that were made from different checkpoints: of one shape they would load, and answer wrongly.
+
+    Raises:
+        CheckpointError: names two files that do not belong together.
+    """
+    seen: dict[str, Path] = {}
+    for path in files:
+        origin = read_header(path).metadata.get(SOURCE_KEY)
+        if origin is not None:
+            seen.setdefault(origin.partition("-")[0], path)
+    if len(seen) > 1:
+        one, other = list(seen.values())[:2]
+        raise CheckpointError(
+            f"{one} and {other.name} were made from different checkpoints and do not belong together. Fetch the repo "
+            "again, or repack the checkpoint into a new folder."
+        )
 
 
 def demand_of(
@@ -216,14 +249,10 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
         setattr(model.get_submodule(parent), leaf, new)
         patterns.append(re.escape(f"{path}.weight"))
     ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    suffixes = {re.escape(strip) for p in patterns for strip in [_without_prefix(model, p)]}
-    model._keys_to_ignore_on_load_unexpected = ignore | {f"^{p}$" for p in patterns} | {f"^{p}$" for p in suffixes}
+    prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
+    # The checkpoint may have been made from the model with a head, or without one.
+    model._keys_to_ignore_on_load_unexpected = ignore | {f"^({prefix})?{p.removeprefix(prefix)}$" for p in patterns}
     model._hf_flash = runtime  # type: ignore[assignment]
-
-
-def _without_prefix(model: PreTrainedModel, pattern: str) -> str:
-    prefix = re.escape(getattr(model, "base_model_prefix", "") + ".")
-    return re.sub(r"\\(.)", r"\1", pattern.removeprefix(prefix))
 
 
 def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
@@ -238,19 +267,21 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
     work = WorkBuffers()
     sketches = _Sketches(runtime.gates_file)
+    first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
-            layer = store.layers[module.block.path]
-            if plan.gates[layer.path] == "all":
-                rows = plan.pinned_rows[layer.path]
+            name = module.block.path
+            layer = store.layers[runtime.stored_paths.get(name, name)]
+            if plan.gates[name] == "all":
+                rows = plan.pinned_rows[name]
                 module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens)
             else:
                 threshold = zero_below(module.act) or 0.0
                 gate = CertifiedGate(sketches.load(layer.path), config.delta, threshold, layer.layout.dtype)
-                cache = NeuronCache(store, layer, max(1, plan.slots[layer.path]), config.window, stats)
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
-            if layer.index == 0:
+            if module is first:
                 module.stats, module.trim_once = stats, True
         elif isinstance(module, (FlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)

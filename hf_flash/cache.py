@@ -30,13 +30,11 @@ class Lookup:
         neurons: [n] the wanted ones, sorted.
         slots: [n] their slots.
         ticket: reads under way, or None.
-        missing: the positions in `neurons` that are being read.
     """
 
     neurons: IntArray
     slots: IntArray
     ticket: Ticket | None
-    missing: IntArray
 
 
 class NeuronCache:
@@ -53,14 +51,23 @@ class NeuronCache:
     def __init__(self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats) -> None:
         self.n_slots = min(n_slots, layer.n_neurons)
         self._store, self.layer, self._stats = store, layer, stats
-        self._memory = aligned_empty(self.n_slots * layer.layout.row_bytes)
-        self.rows = self._memory.view(self.n_slots, layer.layout.row_bytes)  # [n_slots, row_bytes]
-        self._slot_of = np.full(layer.n_neurons, -1, dtype=np.int64)
-        self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
-        self._n_used = 0
-        self.window = Window(self.n_slots, window)
+        self._window, self._n_used = window, 0
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every neuron and take fresh memory.
+
+        For a pass that was stopped in the middle (Ctrl-C, a failed read): reads of it that nobody can wait for any
+        more land in the old memory, which lives until they have, and no slot that was not filled is ever found.
+        """
+        self._slot_of = np.full(self.layer.n_neurons, -1, dtype=np.int64)
+        self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
+        self.rows = aligned_empty(self.n_slots * self.layer.layout.row_bytes).view(self.n_slots, -1)  # [n, row_bytes]
+        self._stats.add(cache_bytes=-self._n_used * self.layer.layout.row_bytes)
+        self._n_used = 0
+        self.window = Window(self.n_slots, self._window)
 
     def cached(self, neurons: IntArray) -> IntArray:
         """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
@@ -73,7 +80,7 @@ class NeuronCache:
     def fetch(self, neurons: IntArray) -> Lookup:
         """Find the wanted neurons and start reading the missing ones into slots of their own.
 
-        Hold `lock` until the rows have been used. If waiting for the ticket fails, call `undo`.
+        Hold `lock` until the rows have been used. If this or waiting for the ticket fails, call `reset`.
 
         Args:
             neurons: [n] sorted, unique, n <= n_slots.
@@ -90,24 +97,14 @@ class NeuronCache:
             wanted = neurons[missing]
             self._slot_of[wanted] = free
             self._neuron_of[free] = wanted
-            try:
-                ticket, n_bytes, n_reads = self._store.submit_rows(
-                    self.layer, wanted, self.rows, free, self.max_gap_rows
-                )
-            except BaseException:  # Ctrl-C too: nothing will fill them
-                self._drop(free)
-                raise
+            ticket, n_bytes, n_reads = self._store.submit_rows(
+                self.layer, wanted, self.rows, free, self.max_gap_rows
+            )
             self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
         self.window.use(slots)
         n_hit = len(neurons) - len(missing)
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=n_hit, neurons_read=len(missing))
-        return Lookup(neurons, slots, ticket, missing)
-
-    def undo(self, lookup: Lookup) -> None:
-        """The reads of a lookup failed: forget what they would have filled, so that no wrong row is ever used."""
-        if lookup.ticket is not None:
-            lookup.ticket.settle()
-        self._drop(lookup.slots[lookup.missing])
+        return Lookup(neurons, slots, ticket)
 
     def keep(self, neurons: IntArray, rows: torch.Tensor) -> None:
         """Copy bundles that passed by in a sweep into slots, as far as they are not there and room is found.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from hf_flash.config import QUANT_METHOD
 from hf_flash.format import atomic_text
 from hf_flash.layout import format_size
 
@@ -46,14 +50,29 @@ def write_card(output: Path, source_folder: Path, source_name: str, ffn: dict[st
 
 
 def _front_matter(front: str, base_model: str | None) -> str:
+    """The source's front matter, word for word where it need not change, with the library, base model and our tag."""
+    try:
+        known = yaml.safe_load(front) or {}
+        tags = known.get("tags") or []
+    except (yaml.YAMLError, AttributeError):
+        return front
     lines = [line for line in front.splitlines() if line.strip()]
-    if not any(line.startswith("library_name:") for line in lines):
+    if "library_name" not in known:
         lines.insert(0, "library_name: transformers")
-    if base_model and not any(line.startswith("base_model:") for line in lines):
+    if base_model and "base_model" not in known:
         lines.append(f"base_model: {base_model}")
-    at = next((i for i, line in enumerate(lines) if line.startswith("tags:")), None)
-    if at is None:
-        lines += ["tags:", "- hf_flash"]
-    elif "- hf_flash" not in "\n".join(lines) and lines[at].strip() == "tags:":
-        lines.insert(at + 1, "- hf_flash")
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    if QUANT_METHOD not in tags:
+        lines = [*_without(lines, "tags"), "tags:", *(f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags)]
+        lines.append(f"- {QUANT_METHOD}")
     return "\n".join(lines)
+
+
+def _without(lines: list[str], key: str) -> list[str]:
+    """Front matter lines without a top-level key and its value."""
+    kept, inside = [], False
+    for line in lines:
+        inside = line.startswith(f"{key}:") or (inside and line[0] in " -]")
+        if not inside:
+            kept.append(line)
+    return kept

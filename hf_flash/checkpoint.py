@@ -129,6 +129,11 @@ def load_json(path: Path) -> dict[str, Any]:
     """
     try:
         out: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: {path.parent} is no checkpoint. Give a folder that save_pretrained or `hf-flash repack` "
+            "wrote, or the name of a Hub repo."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
     return out

@@ -11,60 +11,35 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
-from typer.core import TyperGroup
 
-from hf_flash.errors import FlashError, MemoryCapError
+from hf_flash.errors import MemoryCapError
 from hf_flash.options import (
-    LOADING, MEMORY, TEXT, Context, Dtype, Folder, Gate, GateBits, Json, Memory, Model, Revision, Trust,
+    LOADING,
+    MEMORY,
+    TEXT,
+    Context,
+    Dtype,
+    Folder,
+    Gate,
+    GateBits,
+    Json,
+    Memory,
+    Model,
+    Revision,
+    Trust,
 )  # fmt: skip
+from hf_flash.terminal import Commands, err, fail, hint, out, quiet
 
 if TYPE_CHECKING:
     from hf_flash.preview import Preview
 
-DEBUG = "HF_FLASH_DEBUG"  # environment: show tracebacks, silence nothing
-out, err = Console(), Console(stderr=True)
-
-
-class Commands(TyperGroup):
-    """Turns exceptions into a line that says what to do, and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
-        if os.environ.get(DEBUG):
-            return super().invoke(ctx)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            again = "; run the same command again to go on" if ctx.invoked_subcommand == "repack" else ""
-            err.print(f"\ninterrupted{again}", style="yellow", highlight=False)
-            raise typer.Exit(130) from None
-        except FlashError as error:
-            _fail(str(error))
-        except OSError as error:
-            _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
-        except Exception as error:
-            if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show"):  # typer's own
-                raise
-            _fail(
-                f"{type(error).__name__}: {error}\nThis was not expected. Run it again with {DEBUG}=1 to see where it "
-                "comes from, and report it."
-            )
-
-
-def _fail(message: str) -> None:
-    err.print("error: ", style="bold red", end="")
-    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
-
-
 app = typer.Typer(
-    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with:  hf-flash demo\n\nThen:  hf-flash plan facebook/opt-1.3b --memory 2GiB",
 )  # fmt: skip
@@ -113,7 +88,7 @@ def repack(
     Needs memory for one layer and room on disk for a second copy. Nothing is rounded. An interrupted run goes on where
     it stopped when the same command is given again. The result is an ordinary Hub repo: see `push`.
     """
-    _quiet()
+    quiet()
     from hf_flash import contents, show
     from hf_flash.repack import repack as repack_folder
 
@@ -124,7 +99,7 @@ def repack(
     )  # fmt: skip
     found = contents.contents(folder)
     _report({**found.to_dict(), "seconds": time.monotonic() - start}, show.contents_view(found), as_json)
-    _hint(f"next: hf-flash run {folder} --memory SIZE --prompt TEXT")
+    hint(f"next: hf-flash run {folder} --memory SIZE --prompt TEXT")
 
 
 @app.command(
@@ -148,7 +123,7 @@ def plan(
 
     Reads headers only: nothing is loaded, repacked or, from the Hub, downloaded.
     """
-    _quiet()
+    quiet()
     from hf_flash import show
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
@@ -160,8 +135,10 @@ def plan(
         least = preview.with_options(memory=smallest)
         err.print(show.plan_view(least, least.plan()))
     made = _planned(preview)
-    figures = {"n_bytes": preview.n_bytes, "ffn_bytes": preview.ffn_bytes, "smallest_cap": smallest}
-    figures |= {"model": model, "converted": preview.converted, "dtype": str(preview.skeleton.dtype)}
+    figures = {
+        "model": model, "converted": preview.converted, "dtype": str(preview.skeleton.dtype),
+        "n_bytes": preview.n_bytes, "ffn_bytes": preview.ffn_bytes, "smallest_cap": smallest,
+    }  # fmt: skip
     _report({**figures, **made.to_dict()}, show.plan_view(preview, made), as_json)
 
 
@@ -225,7 +202,7 @@ def run(
     Text goes to stdout as it comes, figures to stderr. A stock model is repacked into the cache first, once; the cap is
     checked before that. Chat models get their template unless --raw is given.
     """
-    _quiet()
+    quiet()
     import torch
 
     from hf_flash import session
@@ -233,14 +210,14 @@ def run(
     from hf_flash.preview import look
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     preview = look(model, FlashConfig(memory, gate=gate, context=context), dtype=dtype, **options)
     reader = session.load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code)
     inputs = session.encode(reader, text, raw=raw, system=system)
     preview = session.fit_context(preview, inputs, max_new_tokens)
     made = _planned(preview)
     if not preview.converted:
-        _hint("a stock checkpoint: repacked into the cache on first use (`hf-flash repack` makes a folder of your own)")
+        hint("a stock checkpoint: repacked into the cache on first use (`hf-flash repack` makes a folder of your own)")
     opened = session.Session.open(preview, reader, **options)
     if seed is not None:
         torch.manual_seed(seed)
@@ -264,7 +241,9 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
 )
 def demo(
     memory: Memory = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT)] = 48,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT, help="At most.")
+    ] = 48,
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", show_default=False, help="Keep the repacked model here.")
     ] = None,
@@ -272,10 +251,10 @@ def demo(
 ) -> None:
     """See it work in half a minute, with the small model that comes with the package.
 
-    Repacks it, plans a cap that its FFN weights do not fit into, runs it from flash with the certified gate, and compares
-    the tokens with those of the same model held in memory. Exits with 1 if one differs.
+    Repacks it, plans a cap that its FFN weights do not fit into, runs it from flash with the certified gate, and
+    compares the tokens with those of the same model held in memory. Exits with 1 if one differs.
     """
-    _quiet()
+    quiet()
     from hf_flash import demo as data
     from hf_flash import session, show
     from hf_flash.config import FlashConfig
@@ -305,7 +284,7 @@ def demo(
         _report_run(preview, made, opened, done, as_json, on=say, equal=dense == done.token_ids, prompt=data.PROMPT)
     equal = sum(a == b for a, b in zip(dense, done.token_ids, strict=False))
     if dense != done.token_ids:
-        _fail(f"tokens NOT equal to the dense model's: {equal} of {len(dense)} are. Please report this.")
+        fail(f"tokens NOT equal to the dense model's: {equal} of {len(dense)} are. Please report this.")
     say.print(f"tokens equal to the dense model's: yes, all {equal}", style="green", highlight=False)
 
 
@@ -324,7 +303,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a repacked checkpoint holds: shapes, gates, files, sizes. Reads headers only."""
-    _quiet()
+    quiet()
     from hf_flash import contents, show
 
     found = contents.contents(folder, revision=revision)
@@ -337,14 +316,14 @@ def verify(folder: Folder, trust_remote_code: Trust = False, as_json: Json = Fal
 
     Exits with 1 and names every damaged place if one is found.
     """
-    _quiet()
+    quiet()
     from hf_flash import show
     from hf_flash.verify import verify as verify_folder
 
     report = verify_folder(folder, trust_remote_code=trust_remote_code)
     _report(report.to_dict(), show.verify_view(report), as_json)
     if not report.ok:
-        _fail(f"{folder} is damaged: {report.problems[0]}")
+        fail(f"{folder} is damaged: {report.problems[0]}")
 
 
 @app.command(
@@ -361,7 +340,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a repacked checkpoint to the Hub. Anyone can then run it by its name. Log in first: `hf auth login`."""
-    _quiet()
+    quiet()
     from hf_flash.hub import push as push_folder
 
     url = push_folder(folder, repo_id, private=private or None, commit_message=message, create_pr=create_pr)
@@ -385,22 +364,6 @@ def _report(figures: dict[str, Any], view: RenderableType, as_json: bool) -> Non
         print(json.dumps(figures, indent=2, default=str))
     else:
         out.print(view)
-
-
-def _hint(text: str) -> None:
-    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
-
-
-def _quiet() -> None:
-    """Silence what libraries say and a user of the command cannot act on. Errors and progress bars stay."""
-    if os.environ.get(DEBUG):
-        return
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import transformers
-
-    transformers.logging.set_verbosity(transformers.logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash import ops
-from hf_flash.cache import Lookup, NeuronCache
+from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.memory import aligned_empty
 from hf_flash.plan import IntArray
@@ -86,6 +86,10 @@ class WorkBuffers:
         if buffer is None or buffer.numel() < n_bytes:
             buffer = self._buffers[name] = aligned_empty(n_bytes)
         return buffer[:n_bytes].view(dtype).view(shape)
+
+    def forget(self) -> None:
+        """Take fresh memory from now on; the old lives until whoever still reads into it is done."""
+        self._buffers = {}
 
 
 class SweepEngine(Engine):
@@ -174,6 +178,8 @@ class SweepEngine(Engine):
             self._stats.add(neurons_hit=self._pin)
             yield (slice(0, self._pin), *self.layer.layout.split(self._pinned))
         for start, stop, rows in chunks:
+            if self._pinned is not None and start < self._pin:  # Ctrl-C came before the stream knew
+                continue
             gate, up, down = self.layer.layout.split(rows)
             self._stats.add(neurons_read=stop - start)
             if pins is not None:
@@ -278,25 +284,25 @@ class SparseEngine(Engine):
     @contextlib.contextmanager
     def _batches(self, neurons: IntArray, recent: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
         with self._work.lock, self.cache.lock:
-            self.cache.window.tick(n_tokens)
-            if self.cache.fits(neurons):
-                lookup = self.cache.fetch(neurons)
-                self._wait(lookup)
-                yield self._from_slots(neurons, lookup.slots)
-            else:
-                with contextlib.closing(self._sweep(neurons, recent)) as batches:
-                    yield batches
+            try:
+                self.cache.window.tick(n_tokens)
+                if self.cache.fits(neurons):
+                    lookup = self.cache.fetch(neurons)
+                    self._wait(lookup.ticket)
+                    yield self._from_slots(neurons, lookup.slots)
+                else:
+                    with contextlib.closing(self._sweep(neurons, recent)) as batches:
+                        yield batches
+            except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
+                self.cache.reset()
+                self._work.forget()
+                raise
 
-    def _wait(self, lookup: Lookup) -> None:
-        if lookup.ticket is None:
-            return
-        t0 = time.perf_counter()
-        try:
-            lookup.ticket.wait()
-        except BaseException:  # Ctrl-C too: a slot that was not filled must not be found later
-            self.cache.undo(lookup)
-            raise
-        self._stats.add(wait_s=time.perf_counter() - t0)
+    def _wait(self, ticket: Ticket | None) -> None:
+        if ticket is not None:
+            t0 = time.perf_counter()
+            ticket.wait()
+            self._stats.add(wait_s=time.perf_counter() - t0)
 
     def _from_slots(self, neurons: IntArray, slots: IntArray) -> Iterator[Piece]:
         for i in range(0, len(neurons), self._batch_rows):
@@ -321,9 +327,7 @@ class SparseEngine(Engine):
                 if i + 1 < len(batches):
                     ahead.append(self._read_batch(batches[i + 1], i + 1))
                 _, rows, ticket = ahead[0]
-                t0 = time.perf_counter()
-                ticket.wait()
-                self._stats.add(wait_s=time.perf_counter() - t0)
+                self._wait(ticket)
                 keep = np.isin(batch, recent, assume_unique=True)
                 self.cache.keep(batch[keep], rows[torch.from_numpy(keep)])
                 yield (torch.from_numpy(batch), *self.layer.layout.split(rows))

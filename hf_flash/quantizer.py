@@ -71,10 +71,14 @@ class FlashQuantizer(HfQuantizer):
             folder = repack_to_cache(model, files, config, name)
             flash, gates = hub.flash_files(folder / "config.json", str(folder))
         geometry = attach.geometry_of(flash, gates)
+        names = attach.stored_paths(model, blocks, geometry)
+        geometry = {path: geometry[name] for path, name in names.items()}
+        resident = files if self.pre_quantized else []
+        attach.match_sources([*flash.values(), *([gates] if gates else []), *resident])
         attach.match_geometry(blocks, geometry, str(next(iter(flash.values())).parent))
         plan = attach.plan_for(model, blocks, geometry, config, located)
         self._runtime = attach.FlashRuntime(config, plan, blocks, located)
-        self._runtime.files, self._runtime.gates_file = flash, gates
+        self._runtime.files, self._runtime.gates_file, self._runtime.stored_paths = flash, gates, names
         attach.swap(model, blocks, self._runtime)
         return model
 
@@ -90,7 +94,7 @@ class FlashQuantizer(HfQuantizer):
         folder = getattr(self.saving, "folder", None)
         if folder is not None:
             save.write_flash_side(model, Path(folder))
-        return save.state_dict(model), {}
+        return save.state_dict(model), save.metadata(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

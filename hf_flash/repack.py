@@ -128,7 +128,10 @@ class Source:
             stat = real.stat()
             when = "" if real.parent.name == "blobs" else stat.st_mtime_ns
             digest.update(f"{path.name}|{real.name}|{stat.st_size}|{when}\n".encode())
-        digest.update("\n".join(f"{b.path}:{b.family}:{self.can_certify(b)}" for b in self.blocks).encode())
+        prefix = f"{self.model.base_model_prefix}."  # with a head or without, it is the same checkpoint
+        for block in self.blocks:
+            name = block.path.removeprefix(prefix)
+            digest.update(f"{name}:{block.family}:{self.can_certify(block)}\n".encode())
         return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from hf_flash import card
 from hf_flash.attach import FlashRuntime
 from hf_flash.config import QUANT_METHOD
 from hf_flash.errors import FlashError
+from hf_flash.format import SOURCE_KEY, read_header
 from hf_flash.store import DTYPE_NAMES, GATES_NAME, write_index
 
 
@@ -78,6 +79,13 @@ def state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             if part is not None:
                 out[part.key] = torch.empty(0, dtype=model.dtype)
     return out
+
+
+def metadata(model: PreTrainedModel) -> dict[str, str]:
+    """Header metadata of the resident files: what says that they belong to the flash files."""
+    path = next(iter(runtime_of(model).files.values()))
+    origin = read_header(path).metadata.get(SOURCE_KEY)
+    return {} if origin is None else {SOURCE_KEY: origin.partition("-")[0]}
 
 
 def write_flash_side(model: PreTrainedModel, folder: Path) -> None:

@@ -258,8 +258,8 @@ def fit_context(preview: Preview, inputs: Mapping[str, torch.Tensor], max_new_to
     for name, most in (("the model takes", limit), ("--context plans for", preview.config.context)):
         if most is not None and needed > most:
             raise FlashConfigError(
-                f"The prompt has {n_prompt} tokens, {max_new_tokens} new ones are asked for; {name} {most}. Shorten the "
-                "prompt or lower --max-new-tokens."
+                f"The prompt has {n_prompt} tokens, {max_new_tokens} new ones are asked for; {name} {most}. Shorten "
+                "the prompt or lower --max-new-tokens."
             )
     return preview if preview.config.context else preview.with_options(context=needed)
 

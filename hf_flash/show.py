@@ -58,15 +58,17 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
     gates = Counter(plan.gates.values())
     lines = ["gate: " + ", ".join(f"{gate} in {n} layers" for gate, n in sorted(gates.items()))]
     if plan.streamed:
-        sizes = {m.path: m.n_bytes for m in preview.demand.matrices if not m.lookup}
-        moved = sum(sizes.get(path, 0) for path in plan.streamed)
-        lookups = len(plan.streamed) - sum(path in sizes for path in plan.streamed)
-        words = [f"{len(plan.streamed) - lookups} other matrices ({format_size(moved)})"] if moved else []
-        words += ["the input embedding (a row per token)"] if lookups else []
+        lookups = {m.path for m in preview.demand.matrices if m.lookup}
+        others = [path for path in plan.streamed if path not in lookups]
+        moved = sum(preview.located.by_param[f"{path}.weight"].n_bytes for path in others)
+        words = [f"{len(others)} other matrices ({format_size(moved)})"] if others else []
+        words += ["the input embedding (a row per token)"] if len(others) < len(plan.streamed) else []
         lines.append(f"streamed from flash as well: {' and '.join(words)}")
-    certified = gates.get("certified", 0)
-    rest = ", and of the certified layers the neurons that may fire and are not cached" if certified else ""
-    lines.append(f"read per new token: {format_size(plan.bytes_per_token)}{rest}")
+    reads = [format_size(plan.bytes_per_token)] if plan.bytes_per_token or not gates.get("certified") else []
+    reads += ["the neurons that may fire and are not cached"] if gates.get("certified") else []
+    if not plan.streamed and plan.parts.get("FFN cache", 0) >= preview.ffn_bytes:
+        reads = ["nothing, once the cache is warm: everything fits into this cap"]
+    lines.append(f"read per new token: {' and '.join(reads)}")
     return lines
 
 

@@ -114,8 +114,8 @@ def _config_problem(folder: Path) -> str | None:
         return None
     found = f"one quantized with {method!r}" if method else "a stock checkpoint"
     return (
-        f"{folder} is {found} by its config.json, not a flash checkpoint (quant_method {QUANT_METHOD!r}). Make one with "
-        f"`hf-flash repack {folder} OUTPUT`."
+        f"{folder} is {found} by its config.json, not a flash checkpoint (quant_method {QUANT_METHOD!r}). Make one "
+        f"with `hf-flash repack {folder} OUTPUT`."
     )
 
 

@@ -74,7 +74,8 @@ def make_tokenizer() -> Any:
     vocab = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0")
+    special = {"unk_token": "w0", "bos_token": "w1", "eos_token": "w2", "pad_token": "w0"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -276,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply(200, reply)
 
     def _model(self, repo_id: str, repo: Repo, rest: list[str], body: bytes) -> None:
-        what, revision = (rest + [""])[0], "/".join(rest[1:]) or "main"
+        what, revision = rest[0] if rest else "", "/".join(rest[1:]) or "main"
         if what == "tree":
             revision, _, below = revision.partition("/")
         if what == "branch":
@@ -293,10 +294,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = [_entry(name, content) for name, content in sorted(tree.items()) if name.startswith(below)]
             return self._reply(200, found) if found else self._error(404, "no such folder", "EntryNotFound")
         if what == "preupload":
-            files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LFS) else "regular", "shouldIgnore": False}
-                for f in json.loads(body)["files"]
-            ]
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(LFS) else "regular" for path in paths}
+            files = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
             return self._reply(200, {"files": files})
         if what == "commit":
             return self._commit(repo_id, repo, revision, body)
@@ -314,10 +314,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200, {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{sha}", "commitOid": sha, "success": True})
 
     def _lfs_batch(self, wanted: dict[str, Any]) -> None:
-        objects = [
-            {**o, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{o['oid']}"}}} if o["oid"] not in self.hub.lfs else o
-            for o in wanted["objects"]
-        ]
+        objects = wanted["objects"]
+        for item in objects:
+            if item["oid"] not in self.hub.lfs:
+                item["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
         self._reply(200, {"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
 
     # <repo>/resolve/<revision>/<file>

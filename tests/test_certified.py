@@ -172,16 +172,35 @@ def test_rounding_of_the_arithmetic_is_covered(d_model: int, dtype: torch.dtype)
         assert n_missed_by_exact > 0, "rounding makes no difference here, so nothing was tested"
 
 
-@pytest.mark.parametrize("stored,dtype", [(F32, BF16), (F32, F16), (BF16, F16), (F16, BF16)])
-def test_weights_stored_wider_or_otherwise_than_computed(stored: torch.dtype, dtype: torch.dtype) -> None:
-    """A weight of 2^-25 becomes 0 or 2^-24 in float16: an error that no relative bound covers."""
-    for scale in (1.0, 2.0**-12, 1.5 * 2.0**-25):
-        weight = (draw((64, 512), "equal", 0) * scale * (1 + 2.0**-9)).to(stored)
-        x = draw((1, 512), "normal", 1).to(dtype)
-        bias = (-(x.double() @ weight.to(dtype).double().t())[0]).to(dtype)
-        gate = CertifiedGate(Sketch.of(weight, 8), weight_dtype=stored)
-        for b in (bias, bias + bias.abs() * torch.finfo(dtype).eps):
-            assert count_missed(gate, x, weight, b) == 0
+def test_weights_that_the_model_rounds_to_bfloat16() -> None:
+    """Silent as stored, firing as computed: the first half of the weights is rounded up, the second down."""
+    up, down = 1 + 0.501 * 2.0**-7, 1 + 1.499 * 2.0**-7
+    weight = torch.tensor([up, -down]).repeat_interleave(2048)[None]
+    x = torch.tensor([2.0, 2 - 2.0**-7]).repeat_interleave(2048)[None].to(BF16)
+    assert (x.double() @ weight.double().t()).item() < 0
+    assert fires(x, weight, None, nn.ReLU()).all()
+    assert count_missed(CertifiedGate(Sketch.of(weight), weight_dtype=F32), x, weight) == 0
+
+
+@pytest.mark.parametrize("stored", [F32, BF16])
+def test_weights_that_the_model_rounds_near_zero_in_float16(stored: torch.dtype) -> None:
+    """0.6 and 1.4 of the smallest float16 both become 1 of it: an error that no relative bound covers."""
+    weight = (torch.tensor([0.6, -1.4]) * 2.0**-24).repeat_interleave(256)[None].to(stored)
+    x = torch.tensor([1.0, 0.5]).repeat_interleave(256)[None].to(F16)
+    assert (x.double() @ weight.double().t()).item() < 0
+    assert fires(x, weight, None, nn.ReLU()).all()
+    assert count_missed(CertifiedGate(Sketch.of(weight), weight_dtype=stored), x, weight) == 0
+
+
+def test_a_product_that_is_rounded_before_the_bias_is_added() -> None:
+    """4.016 is rounded to 4.031 in bfloat16, and minus 3.203 that is above the threshold which 0.813 was below."""
+    weight, x = torch.ones(1, 1024), torch.full((1, 1024), 2.0**-8, dtype=BF16)
+    x[:, :2] *= 3.015625
+    bias, act = torch.tensor([-3.203125], dtype=BF16), FATReLU(0.82)
+    exact = x.double() @ weight.double().t() + bias.double()
+    assert not act(exact).any()
+    assert act(F.linear(x, weight.to(BF16)) + bias).all()
+    assert CertifiedGate(Sketch.of(weight), threshold=0.82, weight_dtype=BF16).wanted(x, bias).all()
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), ReLUSquaredActivation(), FATReLU(0.3), FATReLU(1e-7)])
@@ -228,7 +247,7 @@ def test_inputs_whose_squares_underflow_or_overflow(scale: float, delta: float) 
 
 
 def test_weights_of_no_ordinary_size_are_always_wanted() -> None:
-    """NaN and infinite weights stopped repacking by an assertion; weights of 3e38 overflowed in the sketch and were missed."""
+    """NaN and infinite weights stopped repacking by an assertion; 3e38 overflowed in the sketch and was missed."""
     odd = [math.nan, math.inf, -math.inf, 3.385e38, -3.385e38, 1e5, 1e-30, 1e-44]
     weight = draw((len(odd) + 2, 100), "normal", 1).float()
     for i, value in enumerate(odd):

@@ -118,7 +118,7 @@ def test_push_without_login_says_so(the_hub: FakeHub, flash: Path) -> None:
 
 def test_push_without_network_says_so(the_hub: FakeHub, flash: Path) -> None:
     the_hub.close()
-    with pytest.raises(HubError, match="Uploading .* to user/repo failed"):
+    with pytest.raises(HubError, match=r"Uploading .* to user/repo failed"):
         hf_flash.push(flash, "user/repo", token=TOKEN)
 
 
@@ -182,7 +182,8 @@ def test_pipeline_by_name(the_hub: FakeHub, flash: Path, monkeypatch: pytest.Mon
     pipe = pipeline("text-generation", model="user/repo", token=TOKEN)
     assert hf_flash.is_flash(pipe.model)
     out = pipe("w3 w9", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert out.startswith("w3 w9 w")
+    assert out.startswith("w3 w9")
+    assert out.count("w") == 6
 
 
 def test_offline_from_the_cache(the_hub: FakeHub, flash: Path, tmp_path: Path, want: list[int]) -> None:
@@ -286,16 +287,6 @@ def test_repo_without_a_flash_file_is_named(the_hub: FakeHub, flash: Path, name:
     the_hub.add("user/broken", flash, skip=name)
     with pytest.raises(HubError, match=rf"user/broken lacks {name} .*hf-flash push"):
         AutoModelForCausalLM.from_pretrained("user/broken", quantization_config=FLASH)
-
-
-def test_without_import_a_repo_is_refused(the_hub: FakeHub, flash: Path, tmp_path: Path) -> None:
-    the_hub.add("user/repo", flash)
-    done = run_python(
-        "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained('user/repo')",
-        **the_hub.env(tmp_path / "home2"),
-    )
-    assert done.returncode != 0
-    assert "mismatch" in done.stderr
 
 
 # Stock repos -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""Write the tables of benchmarks/README.md from the files in benchmarks/results.
+
+Every row carries the machine, the commit ('+': with changes that were not committed) and the command that measured it.
+
+    python benchmarks/table.py            # write
+    python benchmarks/table.py --check    # only say whether README.md is current
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+README = common.HERE / "README.md"
+RESULTS = common.HERE / "results"
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows (the first is the head) as a Markdown table."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, f"|{' --- |' * len(rows[0])}", *body])
+
+
+def source(result: dict[str, Any], file: Path) -> str:
+    """Machine, commit, command and file of a result, in a line."""
+    m = result["machine"]
+    return (
+        f"{m['cpu']}, {m['n_cpus']} CPUs, {m['ram_bytes'] / 2**30:.0f} GiB, Linux {m['kernel'].split('-')[0]}, load "
+        f"{m['load_1min']}; torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}; commit "
+        f"{m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
+    )
+
+
+def footprint(result: dict[str, Any]) -> str:
+    """Warm and cold footprint."""
+    rows = [["imported", "warm MB", "of it anonymous MB", "cold MB"]]
+    sizes = map(common.mb, (result["warm_bytes"], result["warm_anon_bytes"], result["cold_bytes"]))
+    return markdown([*rows, [", ".join(result["imported"]), *sizes]])
+
+
+def cap(result: dict[str, Any]) -> str:
+    """One row per cap."""
+    rows = [["memory MB", "of the model", "cgroup MB", "peak MB", "anonymous MB", "s/token", "outcome"]]
+    for r in result["rows"]:
+        rows.append([
+            common.mb(r["memory"]), f"{r['memory'] / result['model_bytes']:.0%}", common.mb(r["limit_bytes"]),
+            common.mb(r["peak_bytes"]), common.mb(r["anon_bytes"]),
+            f"{r['s_per_token']:.3f}" if "s_per_token" in r else "-", r["words"],
+        ])  # fmt: skip
+    return f"{result['model']}: {result['weights']}, {common.mb(result['model_bytes'])} MB\n\n{markdown(rows)}"
+
+
+def generate(result: dict[str, Any]) -> str:
+    """One row per model, cap and side; the ceiling as a row of its own."""
+    rows = [["model, cap", "side", "s/token (range)", "MB read/token", "prefill s", "peak MB", "x hf_flash", "tokens"]]
+    notes = []
+    for m in result["models"]:
+        notes.append(
+            f"{m['model']}: {m['weights']}, {common.mb(m['model_bytes'])} MB, {m['threads']} threads; "
+            f"without a cap {m['dense_s_per_token']:.3f} s/token."
+        )
+        for c in m["caps"]:
+            where = f"{m['model']}, {c['memory'] / m['model_bytes']:.0%} ({common.mb(c['memory'])} MB)"
+            ceiling = c["ceiling"]
+            least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
+            rows.append([where, "*ceiling*", f"{least:.3f}", common.mb(ceiling["must_read_bytes"]), *["-"] * 4])
+            rows += [generate_row(where, side, s, c) for side, s in c["sides"].items()]
+    return " ".join(notes) + "\n\n" + markdown(rows)
+
+
+def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) -> list[str]:
+    """One side under one cap."""
+    name = {"accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident", "mmap": "transformers, mmap"}
+    label = name.get(side, side)
+    if "s_per_token" not in s:
+        return [where, label, *["-"] * 5, s["words"]]
+    ours = c["sides"].get("hf_flash", {}).get("s_per_token")
+    return [
+        where, label, f"{s['s_per_token']:.3f} ({s['range'][0]:.3f}-{s['range'][1]:.3f})",
+        common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", common.mb(s.get("peak_bytes")),
+        f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
+    ]  # fmt: skip
+
+
+def load(result: dict[str, Any]) -> str:
+    """One row per model."""
+    rows = [["model", "model MB", "resident MB", "read MB", "read / resident", "s"]]
+    for r in result["rows"]:
+        sizes = map(common.mb, (r["model_bytes"], r["resident_bytes"], r["read_bytes"]))
+        rows.append([f"{r['model']} ({r['weights']})", *sizes, f"{r['ratio']:.3f}", f"{r['load_s']:.2f}"])
+    return markdown(rows)
+
+
+def certified(result: dict[str, Any]) -> str:
+    """One row per layer."""
+    rows = [["layer", "fire", "wanted", "wanted / fired", "misses"]]
+    for r in [*result["layers"], result["total"]]:
+        slots = r["n_neurons"] * result["n_tokens"]
+        ratio = f"{r['wanted'] / max(1, r['fired']):.3f}"
+        rows.append([r["layer"], f"{r['fired'] / slots:.2%}", f"{r['wanted'] / slots:.2%}", ratio, str(r["misses"])])
+    head = f"{result['model']}, {result['n_tokens']} tokens, sketch of {result['bits']} bits, delta {result['delta']:g}"
+    return f"{head}\n\n{markdown(rows)}"
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
+}  # fmt: skip
+
+
+def figures() -> str:
+    """All results as Markdown, in the order of SECTIONS, then by file name."""
+    parts = []
+    found = [(json.loads(file.read_text()), file) for file in sorted(RESULTS.glob("*.json"))]
+    for name, section in SECTIONS.items():
+        for result, file in found:
+            if result["benchmark"] == name:
+                parts.append(f"### {file.stem}\n\n{section(result)}\n\n{source(result, file)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not what would be written")
+    args = parser.parse_args()
+    old = README.read_text()
+    before, _, rest = old.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    new = f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    if args.check:
+        sys.exit(0 if new == old else "README.md is not current: python benchmarks/table.py")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

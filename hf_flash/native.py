@@ -1,0 +1,143 @@
+"""The native kernels, where they were built: found, bound and described in one place.
+
+`pip install` builds hf_flash/_native when a C++ compiler is there and goes on without harm when not; everything then
+runs on torch operations. `HF_FLASH_NATIVE=0` turns the kernels off. Which way was taken is logged once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.activations import ReLUSquaredActivation
+from transformers.utils import logging
+
+from hf_flash.families import zero_below
+
+logger = logging.get_logger(__name__)
+
+ABI = 1
+MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("HF_FLASH_NATIVE", "1") == "0":
+        return None
+    folder = Path(__file__).parent / "_native"
+    for path in sorted(folder.glob("kernels*.so")):
+        try:
+            lib = _bind(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError) as error:
+            logger.warning_once(f"hf_flash: {path.name} does not load ({error}); torch operations are used instead.")
+            continue
+        if lib.hf_flash_abi() == ABI:
+            return lib
+    return None
+
+
+def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the C signatures, in the order of kernels.cpp."""
+    lib.hf_flash_sparse_ffn.restype = _I
+    lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
+    lib.hf_flash_gate_scan.restype = None
+    lib.hf_flash_gate_scan.argtypes = [
+        _P, _P, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _P, _P,
+    ]  # fmt: skip
+    return lib
+
+
+_lib = _load()
+
+
+def available() -> bool:
+    """Whether the native kernels are built and switched on."""
+    return _lib is not None
+
+
+def activation_code(act: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float] | None:
+    """Number and threshold of an activation that the kernels know; None for others."""
+    threshold = zero_below(act)
+    if threshold is None:
+        return None
+    if isinstance(act, ReLUSquaredActivation):
+        return 1, 0.0
+    if type(act).__name__ == "FATReLU":
+        return 2, threshold
+    if isinstance(act, torch.nn.ReLU6) or act is torch.nn.functional.relu6:
+        return 3, 0.0
+    return 0, 0.0
+
+
+def sparse_ffn(
+    x: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, d_model: int, d_out: int, gated: bool,
+    weight_dtype: torch.dtype, act: tuple[int, float],
+    gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, int]:  # fmt: skip
+    """A few tokens' FFN over bundles in slots, in place: no row is copied, silent ones are hardly touched.
+
+    Intermediate values are rounded to x's dtype where the dense block rounds them; sums are float32. Reference:
+    `ops.hidden` and `ops.project` on the gathered rows.
+
+    Args:
+        x: [T, d_model], float32, float16 or bfloat16.
+        rows: [n_slots, row_bytes] uint8.
+        slots: [n] int64.
+        d_model, d_out, gated, weight_dtype: the layout of a row.
+        act: from `activation_code`.
+        gate_bias, up_bias: [n] in the order of `slots`, or None.
+
+    Returns:
+        [T, d_out] float32 without the down bias, and how many neurons fired for any token.
+    """
+    assert _lib is not None and rows.dtype == torch.uint8 and slots.dtype == torch.int64 and rows.stride(1) == 1
+    x32 = x.float().contiguous()
+    out = torch.zeros(x.shape[0], d_out)
+    biases = [None if b is None else b.float().contiguous() for b in (gate_bias, up_bias)]
+    fired = _lib.hf_flash_sparse_ffn(
+        x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
+        len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), _CODES[weight_dtype], _CODES[x.dtype],
+        act[0], act[1], out.data_ptr(),
+    )  # fmt: skip
+    return out, int(fired)
+
+
+def gate_scan(
+    x: torch.Tensor, squares: torch.Tensor, size: torch.Tensor, sketch: Any, slack: torch.Tensor,
+    bias: torch.Tensor | None, log_delta: float | None, gamma: float, unit: float, threshold: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Which neurons cannot be proved silent. Reference: `CertifiedGate.upper`, which has the same quantities.
+
+    Args:
+        x: [T, groups * 64] float32, zero-padded.
+        squares: [T, groups] float32, |x_g|^2 from above.
+        size: [T] float32, |x|, infinite where the token wants every neuron.
+        sketch: a `Sketch`.
+        slack: [n] float32, what arithmetic may add to a score, per |x|.
+        bias: [n] float32 or None.
+        log_delta: ln(1/delta) / 2, None for the deterministic bound alone.
+        gamma, unit, threshold: as in `CertifiedGate`.
+
+    Returns:
+        [n] bool: any token wants it; [n] bool: the last one does.
+    """
+    assert _lib is not None and x.is_contiguous() and squares.is_contiguous() and size.is_contiguous()
+    n, groups = sketch.step.shape
+    norms = squares.sqrt()
+    wanted, recent = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
+    _lib.hf_flash_gate_scan(
+        x.data_ptr(), squares.data_ptr(), norms.data_ptr(), size.data_ptr(), x.shape[0], groups, n,
+        sketch.codes.data_ptr(), sketch.step.data_ptr(), sketch.error.data_ptr(), slack.data_ptr(), _pointer(bias),
+        sketch.bits, -1.0 if log_delta is None else log_delta, gamma, unit, threshold,
+        wanted.data_ptr(), recent.data_ptr(),
+    )  # fmt: skip
+    return wanted, recent
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,66 @@
+"""Where a command's words go and how it ends: reports on stdout, the rest on stderr, errors as a line and code 1."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from hf_flash.errors import FlashError
+
+DEBUG = "HF_FLASH_DEBUG"  # environment: show tracebacks, silence nothing
+out, err = Console(), Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns exceptions into a line that says what to do, and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        if os.environ.get(DEBUG):
+            return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = "; run the same command again to go on" if ctx.invoked_subcommand == "repack" else ""
+            err.print(f"\ninterrupted{again}", style="yellow", highlight=False)
+            raise typer.Exit(130) from None
+        except FlashError as error:
+            fail(str(error))
+        except OSError as error:
+            fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+        except Exception as error:
+            if isinstance(error, (typer.Exit, typer.Abort)) or hasattr(error, "show"):  # typer's own
+                raise
+            fail(
+                f"{type(error).__name__}: {error}\nThis was not expected. Run it again with {DEBUG}=1 to see where it "
+                "comes from, and report it."
+            )
+
+
+def fail(message: str) -> None:
+    """Say what is wrong and what to do, and exit with 1."""
+    err.print("error: ", style="bold red", end="")
+    err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def hint(text: str) -> None:
+    """A line beside the report."""
+    err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Silence what libraries say and a user of the command cannot act on. Errors and progress bars stay."""
+    if os.environ.get(DEBUG):
+        return
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import transformers  # noqa: PLC0415  (seconds)
+
+    transformers.logging.set_verbosity(transformers.logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])

@@ -1,0 +1,138 @@
+"""Every benchmark runs with --smoke, checks its outputs and ends in one JSON line; their helpers do what they say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+QUESTIONS = ("footprint", "cap", "generate", "load", "certified")
+
+
+@pytest.fixture(scope="session")
+def bench_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for the tiny model, so that it is built and repacked once."""
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, ModuleType]]:
+    """benchmarks/common.py and benchmarks/cgroup.py, importable as the benchmarks import them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("common"), importlib.import_module("cgroup")
+    for name in ("common", "cgroup"):
+        sys.modules.pop(name, None)
+
+
+def run_benchmark(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_smoke(name: str, bench_dir: Path, tmp_path: Path) -> None:
+    done = run_benchmark(name, "--smoke", "--dir", str(bench_dir), "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.strip().splitlines()
+    assert lines[1].startswith("machine: ")
+    if lines[-1].startswith("skipped: "):
+        pytest.skip(lines[-1])
+    result = json.loads(lines[-1])
+    assert result == json.loads((tmp_path / "out.json").read_text())
+    assert result["benchmark"] == name
+    assert result.get("right", True)
+    assert str(ROOT) not in lines[-1] and str(bench_dir) not in lines[-1], "a folder of this machine in the output"
+
+
+@pytest.mark.parametrize("name", [*QUESTIONS, "models", "cgroup"])
+def test_help_says_what_is_asked(name: str) -> None:
+    done = run_benchmark(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 10
+
+
+def test_no_absolute_folder_of_a_machine() -> None:
+    for file in BENCHMARKS.rglob("*"):
+        if file.suffix in (".py", ".md", ".json"):
+            text = file.read_text()
+            assert "/home/" not in text and str(ROOT) not in text, file
+
+
+def test_sizes(helpers: tuple[ModuleType, ModuleType]) -> None:
+    _, cgroup = helpers
+    assert cgroup.parse_size("1.5GiB") == 3 << 29
+    assert cgroup.parse_size("130MB") == 130_000_000
+    assert cgroup.parse_size("4096") == 4096
+
+
+def test_a_tie_is_told_from_an_error(helpers: tuple[ModuleType, ModuleType]) -> None:
+    common, _ = helpers
+    margins = [0.5, 0.001, 0.5]
+    assert common.compare_tokens([1, 2, 3], [1, 2, 3], margins)["right"]
+    assert common.compare_tokens([1, 9, 3], [1, 2, 3], margins) == {
+        "equal": 1, "of": 3, "right": True, "words": "1/3 equal, then a tie (margin 0.10%)",
+    }  # fmt: skip
+    assert not common.compare_tokens([9, 2, 3], [1, 2, 3], margins)["right"]
+    assert not common.compare_tokens([1, 2], [1, 2, 3], margins)["right"], "too few tokens"
+
+
+def test_evicted_files_leave_the_page_cache(helpers: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    _, cgroup = helpers
+    file = tmp_path / "data"
+    file.write_bytes(os.urandom(1 << 20))
+    if cgroup.resident_bytes(file) == 0:
+        pytest.skip("this file system has no page cache to look at")
+    left = cgroup.evict([tmp_path])
+    if left == 1 << 20:
+        pytest.skip("this file system does not drop pages when asked (tmpfs)")
+    assert left == 0
+
+
+def test_cgroup_files_of_version_2(helpers: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    """The names and formats of v2, on a made-up folder: machines of one version test both."""
+    _, cgroup = helpers
+    group = cgroup.GroupV2(tmp_path)
+    for name, text in {
+        "memory.max": "max\n", "memory.swap.max": "max\n", "memory.peak": "4096\n", "memory.current": "100\n",
+        "memory.stat": "anon 77\nfile 5\n", "memory.events": "low 0\noom 1\noom_kill 1\n",
+        "io.stat": "8:0 rbytes=10 wbytes=2\n8:1 rbytes=32 wbytes=0\n",
+    }.items():  # fmt: skip
+        (group.path / name).write_text(text)
+    group.set_limit(1 << 20)
+    assert group.number("memory.max") == 1 << 20 and group.number("memory.swap.max") == 0
+    assert group.number(group.peak_file) == 4096 and group.stat(group.stat_anon_key) == 77
+    assert group.oom_kills() == 1 and group.disk_read_bytes() == 42
+
+
+def test_a_run_above_its_cap_is_killed(helpers: tuple[ModuleType, ModuleType]) -> None:
+    _, cgroup = helpers
+    why = cgroup.why_unavailable()
+    if why:
+        pytest.skip(why)
+    hog = [sys.executable, "-c", "x = bytearray(200 << 20); print('RESULT {}')"]
+    killed = cgroup.run(hog, limit_bytes=100 << 20)
+    assert not killed.ok and killed.oom_killed
+    with pytest.raises(RuntimeError, match="out-of-memory"):
+        killed.result()
+    fits = cgroup.run(hog, limit_bytes=400 << 20)
+    assert fits.ok and fits.result() == {} and fits.peak_bytes > 200 << 20
+
+
+def test_without_rights_the_reason_is_given(
+    helpers: tuple[ModuleType, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cgroup = helpers
+    monkeypatch.setattr(cgroup, "V1_ROOT", tmp_path / "none")
+    monkeypatch.setattr(cgroup, "V2_ROOT", tmp_path / "none")
+    assert "no memory cgroup is mounted" in cgroup.why_unavailable()
