@@ -23,10 +23,10 @@ from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
 from hf_flash.engine import GATE_TOKENS, SparseEngine, SweepEngine, WorkBuffers
-from hf_flash.errors import CheckpointError, FlashConfigError
+from hf_flash.errors import CheckpointError, ChecksumError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import SOURCE_KEY, TensorFile, read_header
+from hf_flash.format import RUN_BYTES, SOURCE_KEY, TensorFile, read_header, run_crcs
 from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear
@@ -321,6 +321,11 @@ class _Sketches:
                 file.seek(entry.start)
                 if file.readinto(out.numpy().data) != entry.n_bytes:
                     raise CheckpointError(f"{self._file.path} ended inside {entry.name}. Fetch it again.")
+                run_bytes, crcs = self._file.checksums.get(entry.name, (RUN_BYTES, []))
+                if crcs and run_crcs(out.numpy().data, run_bytes) != crcs:  # a damaged sketch would prove falsehoods
+                    raise ChecksumError(
+                        f"{self._file.path}: {entry.name} differs from its checksum. Fetch the file again, or repack."
+                    )
                 tensors[name] = out.view(dtype).view(entry.shape)
         kind = self._kinds[path]
         return Sketch(bits=kind["bits"], d_model=kind["d_model"], **tensors)

@@ -33,8 +33,8 @@ def write_card(output: Path, source_folder: Path, source_name: str, ffn: dict[st
         parts.append(f"---\n{_front_matter(front, source_name if is_repo else None)}\n---\n\n")
         parts.append(f"# {Path(source_name).name}, repacked for hf_flash\n\n")
         parts.append(
-            "FFN weights lie neuron by neuron in `flash-*.safetensors`, so that transformers can run this model with less "
-            "memory than it has weights. Nothing was rounded: the outputs are the original model's.\n\n"
+            "FFN weights lie neuron by neuron in `flash-*.safetensors`, so that transformers can run this model with "
+            "less memory than it has weights. Nothing was rounded: the outputs are the original model's.\n\n"
             "```python\nimport hf_flash  # registers the backend; without it transformers refuses this checkpoint\n"
             "from transformers import AutoModelForCausalLM\n\n"
             'model = AutoModelForCausalLM.from_pretrained("this/repo", '

@@ -19,18 +19,24 @@ from rich.console import Console, RenderableType
 
 from hf_flash.errors import MemoryCapError
 from hf_flash.options import (
-    LOADING,
     MEMORY,
-    TEXT,
     Context,
+    DemoMemory,
     Dtype,
     Folder,
     Gate,
     GateBits,
     Json,
+    MaxNewTokens,
     Memory,
     Model,
+    Prompt,
+    Raw,
     Revision,
+    Seed,
+    System,
+    Temperature,
+    Tokenizer,
     Trust,
 )  # fmt: skip
 from hf_flash.terminal import Commands, err, fail, hint, out, quiet
@@ -170,28 +176,16 @@ def _planned(preview: Preview) -> Any:
 )
 def run(
     model: Model,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", rich_help_panel=TEXT, show_default=False, help="Text, or - for stdin.")
-    ],
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT, help="At most.")
-    ] = 64,
+    prompt: Prompt,
+    max_new_tokens: MaxNewTokens = 64,
     memory: Memory = None,
     gate: Gate = "auto",
     context: Context = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", rich_help_panel=TEXT, help="Continue the text; no chat template.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(rich_help_panel=TEXT, show_default=False, help="System message of a chat.")
-    ] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, rich_help_panel=TEXT, help="0 takes the likeliest token; more is more random.")
-    ] = 0.0,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=TEXT, show_default=False, help="Of the sampling.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="MODEL", rich_help_panel=LOADING, show_default=False, help="Another's.")
-    ] = None,
+    raw: Raw = False,
+    system: System = None,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -209,10 +203,13 @@ def run(
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    config = FlashConfig(memory, gate=gate, context=context)
+    config.memory = config.cap()  # "what is free" once, not again when the model is opened
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    preview = look(model, FlashConfig(memory, gate=gate, context=context), dtype=dtype, **options)
-    reader = session.load_tokenizer(tokenizer or model, trust_remote_code=trust_remote_code)
+    preview = look(model, config, dtype=dtype, **options)
+    theirs: dict[str, Any] = {"trust_remote_code": trust_remote_code} if tokenizer else options
+    reader = session.load_tokenizer(tokenizer or model, **theirs)
     inputs = session.encode(reader, text, raw=raw, system=system)
     preview = session.fit_context(preview, inputs, max_new_tokens)
     made = _planned(preview)
@@ -240,10 +237,8 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
     rich_help_panel=_RUN, epilog="Examples:\n\nhf-flash demo\n\nhf-flash demo --keep ./relu-flash --memory 64MiB"
 )
 def demo(
-    memory: Memory = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT, help="At most.")
-    ] = 48,
+    memory: DemoMemory = None,
+    max_new_tokens: MaxNewTokens = 48,
     keep: Annotated[
         Path | None, typer.Option(metavar="FOLDER", show_default=False, help="Keep the repacked model here.")
     ] = None,
@@ -297,7 +292,9 @@ def _step(say: Console, command: str) -> None:
     epilog="Examples:\n\nhf-flash inspect ./opt-1.3b-flash\n\nhf-flash inspect ./opt-1.3b-flash --layers",
 )
 def inspect(
-    folder: Model,
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", show_default=False, help="A repacked folder, or a Hub repo of one.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="A row per layer.")] = False,
     revision: Revision = None,
     as_json: Json = False,
@@ -323,7 +320,10 @@ def verify(folder: Folder, trust_remote_code: Trust = False, as_json: Json = Fal
     report = verify_folder(folder, trust_remote_code=trust_remote_code)
     _report(report.to_dict(), show.verify_view(report), as_json)
     if not report.ok:
-        fail(f"{folder} is damaged: {report.problems[0]}")
+        fail(
+            f"{folder} is damaged. Delete the files that are named and fetch them again, or run the same "
+            "`hf-flash repack` again: it writes what is missing."
+        )
 
 
 @app.command(

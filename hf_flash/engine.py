@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_flash import ops
+from hf_flash import native, ops
 from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.memory import aligned_empty
@@ -246,11 +246,39 @@ class SparseEngine(Engine):
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
-        y: torch.Tensor | None = None
-        fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, recent = self._wanted(flat, biases)
         t1 = time.perf_counter()
+        code = native.activation_code(act) if native.available() and flat.shape[0] <= native.MAX_TOKENS else None
+        if code is not None and self.cache.fits(neurons):
+            y, n_fired = self._few_tokens(flat, code, biases, neurons)
+        else:
+            y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
+        busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
+        self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
+        return y.view(*x.shape[:-1], -1)
+
+    def _few_tokens(
+        self, flat: torch.Tensor, code: tuple[int, float], biases: Biases, neurons: IntArray
+    ) -> tuple[torch.Tensor, int]:
+        """The native kernel on the slots themselves: no row is copied."""
+        layout = self.layer.layout
+        with self._guard(flat.shape[0]):
+            lookup = self.cache.fetch(neurons)
+            self._wait(lookup.ticket)
+            up, gate = biases.part(torch.from_numpy(neurons))
+            y, n_fired = native.sparse_ffn(
+                flat, self.cache.rows, torch.from_numpy(lookup.slots), layout.d_model, layout.d_out, layout.gated,
+                layout.dtype, code, gate, up,
+            )  # fmt: skip
+        return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
+
+    def _many_tokens(
+        self, flat: torch.Tensor, act: ops.Activation, biases: Biases, neurons: IntArray, recent: IntArray
+    ) -> tuple[torch.Tensor, int]:
+        """Matrix products on gathered rows, batch by batch."""
+        y: torch.Tensor | None = None
+        fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
         with self._batches(neurons, recent, flat.shape[0]) as batches:
             for index, gate, up, down in batches:
@@ -263,19 +291,17 @@ class SparseEngine(Engine):
                     y = part if y is None else y.add_(part)
         if y is None or not alone:
             y = torch.zeros(flat.shape[0], self.layer.layout.d_out) if y is None else y
-            y = (y if biases.down is None else y + biases.down).to(x.dtype)
-        busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
-        self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=int(fired.sum()))
-        return y.view(*x.shape[:-1], -1)
+            y = (y if biases.down is None else y + biases.down).to(flat.dtype)
+        return y, int(fired.sum())
 
     def _wanted(self, flat: torch.Tensor, biases: Biases) -> tuple[IntArray, IntArray]:
         """Neurons that any token wants, and those that the last one does; both sorted."""
         bias = biases.gate if self.layer.layout.gated else biases.up
         union = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         for tokens in flat.split(GATE_TOKENS):
-            wanted = self.gate.wanted(tokens, bias)
-            union |= wanted.any(0)
-        return union.nonzero()[:, 0].numpy(), wanted[-1].nonzero()[:, 0].numpy()
+            wanted, recent = self.gate.decide(tokens, bias)
+            union |= wanted
+        return union.nonzero()[:, 0].numpy(), recent.nonzero()[:, 0].numpy()
 
     def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         flat = x.reshape(-1, x.shape[-1])
@@ -283,16 +309,22 @@ class SparseEngine(Engine):
 
     @contextlib.contextmanager
     def _batches(self, neurons: IntArray, recent: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+        with self._guard(n_tokens):
+            if self.cache.fits(neurons):
+                lookup = self.cache.fetch(neurons)
+                self._wait(lookup.ticket)
+                yield self._from_slots(neurons, lookup.slots)
+            else:
+                with contextlib.closing(self._sweep(neurons, recent)) as batches:
+                    yield batches
+
+    @contextlib.contextmanager
+    def _guard(self, n_tokens: int) -> Iterator[None]:
+        """The cache and the scratch are this thread's; if the pass is stopped, neither is trusted again."""
         with self._work.lock, self.cache.lock:
             try:
                 self.cache.window.tick(n_tokens)
-                if self.cache.fits(neurons):
-                    lookup = self.cache.fetch(neurons)
-                    self._wait(lookup.ticket)
-                    yield self._from_slots(neurons, lookup.slots)
-                else:
-                    with contextlib.closing(self._sweep(neurons, recent)) as batches:
-                        yield batches
+                yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
                 self.cache.reset()
                 self._work.forget()

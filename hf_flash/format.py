@@ -216,7 +216,7 @@ class TensorFileWriter:
                 if spec is None:
                     continue
                 data = os.pread(fd, spec.n_bytes, self._header_bytes + self._offsets[name])
-                if _run_crcs(memoryview(data), spec.run_bytes) == crcs:
+                if run_crcs(memoryview(data), spec.run_bytes) == crcs:
                     self._crcs[name] = crcs
                     done.add(name)
         return done
@@ -245,7 +245,7 @@ class TensorFileWriter:
         with self._explain():
             _pwrite_all(self._fd, data, self._header_bytes + self._offsets[name])
             os.fdatasync(self._fd)
-            self._crcs[name] = _run_crcs(data, spec.run_bytes)
+            self._crcs[name] = run_crcs(data, spec.run_bytes)
             with open(self._journal, "a") as journal:
                 journal.write(json.dumps([name, self._crcs[name]]) + "\n")
         self.done.add(name)
@@ -314,7 +314,8 @@ def _place(tensors: Sequence[TensorSpec], aligned: bool) -> tuple[list[TensorSpe
     return specs, offsets
 
 
-def _run_crcs(data: memoryview, run_bytes: int) -> list[int]:
+def run_crcs(data: memoryview, run_bytes: int) -> list[int]:
+    """Checksums of a tensor's bytes, one per run."""
     return [zlib.crc32(data[i : i + run_bytes]) for i in range(0, len(data), run_bytes)]
 
 

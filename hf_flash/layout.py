@@ -10,6 +10,7 @@ unit that a device reads, so that a row can be read straight into its slot.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import torch
@@ -36,12 +37,15 @@ def parse_size(size: int | float | str) -> int:
         FlashConfigError: not a size, or not positive.
     """
     if isinstance(size, (int, float)) and not isinstance(size, bool):
-        n = int(size)
+        number: float = size
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]?i?b?)\s*", str(size).lower())
-        if match is None or match.group(2) not in _UNITS:
-            raise FlashConfigError(f"{size!r} is not a size. Write bytes, or a size such as '4GiB', '512MiB', '1.5GB'.")
-        n = int(float(match.group(1)) * _UNITS[match.group(2)])
+        number = math.nan
+        if match is not None and match.group(2) in _UNITS:
+            number = float(match.group(1)) * _UNITS[match.group(2)]
+    if not math.isfinite(number):
+        raise FlashConfigError(f"{size!r} is not a size. Write bytes, or a size such as '4GiB', '512MiB', '1.5GB'.")
+    n = int(number)
     if n <= 0:
         raise FlashConfigError(f"A size must be positive, got {size!r}. Write one such as '4GiB'.")
     return n

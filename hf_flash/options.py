@@ -22,6 +22,13 @@ Memory = Annotated[
         "free.",
     ),
 ]  # fmt: skip
+DemoMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", "-m", metavar="SIZE", rich_help_panel=MEMORY, show_default=False,
+        help="Cap. Default: one under which most FFN weights stay on flash.",
+    ),
+]  # fmt: skip
 Gate = Annotated[
     str,
     typer.Option(
@@ -55,3 +62,28 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", rich_help_panel=LOADING, help="Run the code that a repo brings along.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+Prompt = Annotated[
+    str,
+    typer.Option(
+        "--prompt", "-p", metavar="TEXT", rich_help_panel=TEXT, show_default=False, help="Text, or - for stdin."
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, rich_help_panel=TEXT, help="At most.")
+]
+Raw = Annotated[bool, typer.Option("--raw", rich_help_panel=TEXT, help="Continue the text; no chat template.")]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", rich_help_panel=TEXT, show_default=False, help="System message of a chat."),
+]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", min=0, rich_help_panel=TEXT, help="0 takes the likeliest token, 1 samples.")
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=TEXT, show_default=False, help="Of the sampling.")
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", rich_help_panel=LOADING, show_default=False, help="Take another model's."),
+]

@@ -112,7 +112,8 @@ def contents_view(contents: Contents, per_layer: bool = False) -> RenderableType
     """Geometry, gates and files of a flash checkpoint."""
     n = len(contents.layers)
     head = f"{contents.name}: {contents.architecture} ({contents.model_type}), {n} FFN layers on flash"
-    shapes = _table("FFN layers", "d_model", "d_ffn", "neuron", "dtype", "bytes", "sketch", right=(1, 2, 3, 5, 6))
+    first = "FFN layer" if per_layer else "FFN layers"
+    shapes = _table(first, "d_model", "d_ffn", "matrices", "dtype", "a neuron", "all", "sketch", right=(1, 2, 5, 6))
     if per_layer:
         for layer in contents.layers:
             shapes.add_row(layer.path, *_shape(layer), format_size(layer.n_bytes), _sketch([layer]))
@@ -133,19 +134,19 @@ def contents_view(contents: Contents, per_layer: bool = False) -> RenderableType
     files.add_section()
     files.add_row("", "", format_size(sum(file.n_bytes for file in contents.files)))
     asked = contents.options.get("gate", "auto")
-    gate = f"gate: {contents.gate}" + (f" ({asked!r} asks for it)" if asked != contents.gate else "")
+    gate = f"gate: {contents.gate}" + (f" (by {asked!r})" if asked != contents.gate else "")
     return Group(_line(head), shapes, files, _line(gate))
 
 
 def _shape(layer: LayerContents) -> tuple[str, ...]:
-    spelling = "gate, up, down" if layer.gated else "up, down"
-    return str(layer.d_model), str(layer.n_neurons), format_size(layer.row_bytes), f"{layer.dtype} ({spelling})"
+    matrices = "gate+up+down" if layer.gated else "up+down"
+    return str(layer.d_model), str(layer.n_neurons), matrices, layer.dtype, format_size(layer.row_bytes)
 
 
 def _sketch(layers: Sequence[LayerContents]) -> str:
     if not layers[0].sketch_bits:
         return "none"
-    return f"{layers[0].sketch_bits} bits, {format_size(sum(layer.sketch_bytes for layer in layers))}"
+    return f"{layers[0].sketch_bits}-bit, {format_size(sum(layer.sketch_bytes for layer in layers))}"
 
 
 def verify_view(report: VerifyReport) -> RenderableType:

@@ -181,8 +181,8 @@ class Stream:
         length = round_up(need, DATA_ALIGN)
         try:
             ticket = self._reader.submit(_split_read(unit.file, aligned, view_bytes(buffer)[:length], need))
-        except BaseException:
-            self._free.append(buffer)
+        except BaseException:  # Ctrl-C too: what was started may still land in this buffer, so another takes its place
+            self._free.append(aligned_empty(self._buffer_bytes))
             raise
         self._stats.add(bytes_read=length, n_reads=1)
         rows = buffer[begin - aligned : need].view(n, unit.row_bytes)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -13,7 +14,14 @@ from typer.core import TyperGroup
 from hf_flash.errors import FlashError
 
 DEBUG = "HF_FLASH_DEBUG"  # environment: show tracebacks, silence nothing
-out, err = Console(), Console(stderr=True)
+
+
+def _width(stream: TextIO) -> int | None:
+    """A terminal's own; tables that go to a file are not folded."""
+    return None if stream.isatty() else 160
+
+
+out, err = Console(width=_width(sys.stdout)), Console(stderr=True, width=_width(sys.stderr))
 
 
 class Commands(TyperGroup):
@@ -59,8 +67,7 @@ def quiet() -> None:
     if os.environ.get(DEBUG):
         return
     warnings.simplefilter("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import transformers  # noqa: PLC0415  (seconds)
 
-    transformers.logging.set_verbosity(transformers.logging.log_levels[os.environ["TRANSFORMERS_VERBOSITY"]])
+    level = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
+    transformers.logging.set_verbosity(transformers.logging.log_levels.get(level, 40))

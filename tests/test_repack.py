@@ -352,29 +352,32 @@ write = TensorFileWriter.write
 def slow(self, name, data):
     write(self, name, data)
     print(name, flush=True)
-    time.sleep(0.5)
+    time.sleep(2)
 TensorFileWriter.write = slow
 hf_flash.repack({source!r}, {out!r}, max_shard_size="50KB", progress=False)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_killed_and_continued(stock: Path, flash: Path, tmp_path: Path, how: signal.Signals) -> None:
-    code = SLOW.format(source=str(stock), out=str(tmp_path / "out"))
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline().strip() == "model.layers.0.mlp.bundles"
-    child.stdout.readline()
-    os.kill(child.pid, how)
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode != 0, errors
-    left = {p.name for p in (tmp_path / "out").iterdir()}
-    assert any(name.endswith(".partial") for name in left), left
-    assert not [name for name in left if name.endswith((".json", ".md"))]
-    out = hf_flash.repack(stock, tmp_path / "out", max_shard_size="50KB", progress=False)
-    assert same_folders(out, flash) == []
+def test_killed_and_continued(stock: Path, flash: Path, tmp_path: Path) -> None:
+    """Ctrl-C and kill -9, each in the middle of the first file."""
+    children = {}
+    for how in (signal.SIGINT, signal.SIGKILL):
+        code = SLOW.format(source=str(stock), out=str(tmp_path / how.name))
+        children[how] = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env()
+        )
+    for how, child in children.items():
+        assert child.stdout is not None
+        assert child.stdout.readline().strip() == "model.layers.0.mlp.bundles"
+        child.send_signal(how)
+        _, errors = child.communicate(timeout=60)
+        assert child.returncode != 0, errors
+        out = tmp_path / how.name
+        left = {p.name for p in out.iterdir()}
+        assert any(name.endswith(".partial") for name in left), left
+        assert not [name for name in left if name.endswith((".json", ".md"))]
+        hf_flash.repack(stock, out, max_shard_size="50KB", progress=False)
+        assert same_folders(out, flash) == []
 
 
 # A full disk -------------------------------------------------------------------------------------------------------
@@ -523,6 +526,5 @@ def test_memory_is_one_layer_s_not_the_model_s(tmp_path: Path) -> None:
     grown = int(done.stdout.split("PEAK")[1])
     ffn = sum((tmp_path / "flash" / name).stat().st_size for name in flash_file_names(tmp_path / "flash"))
     layer = ffn / 8
-    print(f"grew by {grown / 1e6:.0f} MB; a layer is {layer / 1e6:.0f} MB")
     assert ffn > 190e6
-    assert grown < 5 * layer, f"grew by {grown / 1e6:.0f} MB; a layer is {layer / 1e6:.0f} MB, all are {ffn / 1e6:.0f}"
+    assert grown < 4 * layer, f"grew by {grown / 1e6:.0f} MB; a layer is {layer / 1e6:.0f} MB, all are {ffn / 1e6:.0f}"

@@ -43,6 +43,7 @@ import math
 
 import torch
 
+from hf_flash import native
 from hf_flash.layout import round_up
 
 GROUP = 64
@@ -182,9 +183,7 @@ class CertifiedGate:
         """
         unit, sketch, operand = _UNIT[x.dtype], self.sketch, _operand_unit()
         x32 = x.float()
-        groups = sketch.step.shape[1]
-        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - sketch.d_model))
-        squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)  # [T, groups], |x_g|^2 from above
+        _, squares, size = self._measure(x32)
         scores = torch.cat(
             [
                 x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t()
@@ -195,11 +194,7 @@ class CertifiedGate:
         t = squares.sqrt() @ sketch.error.float().t()  # Cauchy-Schwarz
         if self._log is not None:
             t = torch.minimum(t, (self._log * (squares @ sketch.step.float().square().t())).sqrt_())
-        largest = x32.abs().amax(-1, keepdim=True)
-        judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
-        size = torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)  # [T, 1], |x|
-        gamma = (sketch.d_model + 8) * 2.0**-24
-        gamma = gamma / (1 - gamma) + operand
+        gamma = self._gamma()
         v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype, gamma)
         v = v + unit * v.abs()
         if bias is not None:
@@ -207,6 +202,20 @@ class CertifiedGate:
             v = v + (b + gamma * b.abs())
             v = v + unit * v.abs()
         return v
+
+    def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Inputs padded to whole groups, |x_g|^2 from above [T, groups], and |x| [T, 1], infinite where not judged."""
+        groups = self.sketch.step.shape[1]
+        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model))
+        squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)
+        largest = x32.abs().amax(-1, keepdim=True)
+        judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
+        return padded.contiguous(), squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
+
+    def _gamma(self) -> float:
+        """Bound of what a float32 sum of d_model products is off by, relative to |w| |x|."""
+        m = (self.sketch.d_model + 8) * 2.0**-24
+        return m / (1 - m) + _operand_unit()
 
     def _slack(self, dtype: torch.dtype, gamma: float) -> torch.Tensor:
         """What arithmetic in `dtype` may add to a score, per |x|. [n_neurons]"""
@@ -222,6 +231,23 @@ class CertifiedGate:
             [n_tokens, n_neurons] bool; False is a proof of silence. A NaN or infinite input wants every neuron.
         """
         return ~(self.upper(x, bias) <= self._bar)
+
+    def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which neurons any of some tokens may need, and which the last one may; natively where that is built.
+
+        Returns:
+            [n_neurons] bool, [n_neurons] bool.
+        """
+        if native.available() and x.shape[0] <= native.MAX_TOKENS:
+            padded, squares, size = self._measure(x.float())
+            gamma = self._gamma()
+            b = None if bias is None else bias.to(x.dtype).float().contiguous()
+            return native.gate_scan(
+                padded, squares, size, self.sketch, self._slack(x.dtype, gamma), b, self._log, gamma, _UNIT[x.dtype],
+                self._bar,
+            )  # fmt: skip
+        wanted = self.wanted(x, bias)
+        return wanted.any(0), wanted[-1]
 
 
 def _operand_unit() -> float:

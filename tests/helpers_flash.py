@@ -1,0 +1,100 @@
+"""Flash files of random layers, and a reader that lands bytes when told to: what tests of the lower floors share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hf_flash.errors import ReadError
+from hf_flash.format import FORMAT_VERSION, TensorFileWriter, TensorSpec
+from hf_flash.layout import BundleLayout
+from hf_flash.readers import Read, Reader, Ticket
+from hf_flash.store import DTYPE_NAMES, LAYERS_KEY, FlashLayer, FlashStore
+
+
+def random_bytes(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """uint8 noise."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def write_layers(folder: Path, layers: dict[str, tuple[BundleLayout, torch.Tensor]]) -> dict[str, Path]:
+    """A flash file with some layers; each is its layout and its rows, [n_neurons, row_bytes] uint8."""
+    path = folder / "flash-00001-of-00001.safetensors"
+    specs, geometry = [], {}
+    for index, (module, (layout, rows)) in enumerate(layers.items()):
+        specs.append(TensorSpec(f"{module}.bundles", "U8", tuple(rows.shape), rows.numel(), 4 * layout.row_bytes))
+        geometry[f"{module}.bundles"] = {
+            "index": index, "module": module, "n_neurons": len(rows), "d_model": layout.d_model,
+            "d_out": layout.d_out, "gated": layout.gated, "dtype": DTYPE_NAMES[layout.dtype],
+        }  # fmt: skip
+    writer = TensorFileWriter(path, specs, {LAYERS_KEY: json.dumps(geometry)}, aligned=True)
+    for module, (_, rows) in layers.items():
+        writer.write(f"{module}.bundles", memoryview(rows.numpy()))
+    writer.finish()
+    return {path.name: path}
+
+
+def open_layer(folder: Path, reader: Reader, layout: BundleLayout, rows: torch.Tensor) -> tuple[FlashStore, FlashLayer]:
+    """A store with one layer, called "ffn"."""
+    store = FlashStore(write_layers(folder, {"ffn": (layout, rows)}), reader)
+    return store, store.layers["ffn"]
+
+
+class FakeReader(Reader):
+    """Reads whole files into memory once; every read is logged, and lands or fails when the test says so.
+
+    Args:
+        late: bytes land when the ticket is waited for, and not at once: shows who looks too early. At once shows who
+            lets a buffer be overwritten that is still in use.
+        fail: called with each read; True makes it fail.
+    """
+
+    def __init__(self, late: bool = False, fail: Callable[[Read], bool] = lambda read: False) -> None:
+        self.late, self.fail, self.log, self.closed = late, fail, [], False
+        self._files: list[tuple[Path, bytes]] = []
+
+    def open(self, path: Path) -> int:
+        self._files.append((path, Path(path).read_bytes()))
+        return len(self._files) - 1
+
+    def submit(self, reads: list[Read]) -> Ticket:
+        if self.closed:
+            raise ReadError(9, "closed")
+        self.log += [(read.file, read.offset, sum(map(len, read.buffers))) for read in reads]
+        ticket = _FakeTicket([(read, self.fail(read)) for read in reads], self._files)
+        if not self.late:
+            ticket.land()
+        return ticket
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class _FakeTicket(Ticket):
+    def __init__(self, reads: list[tuple[Read, bool]], files: list[tuple[Path, bytes]]) -> None:
+        super().__init__(len(reads))
+        self._reads, self._files = reads, files
+
+    def land(self) -> None:
+        for read, fails in self._reads:
+            path, data = self._files[read.file]
+            at, error = read.offset, None
+            if fails or read.offset + (read.need or sum(map(len, read.buffers))) > len(data):
+                error = ReadError(5, f"{path} at offset {read.offset}: injected")
+            for buffer in read.buffers:
+                piece = b"\xee" * len(buffer) if error else data[at : at + len(buffer)]
+                buffer[: len(piece)] = piece
+                at += len(buffer)
+            self.part_done(error)
+        self._reads = []
+
+    def settle(self) -> None:
+        self.land()
+
+    def wait(self) -> None:
+        self.land()
+        super().wait()
+
+
+assert FORMAT_VERSION == 1, "a new version: add its rules to docs/format.md, and a test that the old one is still read"

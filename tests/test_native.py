@@ -1,0 +1,80 @@
+"""Each native op against its torch reference. Skipped, visibly, where the extension was not built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.activations import ReLUSquaredActivation
+
+from hf_flash import FATReLU, native, ops
+from hf_flash.gates import CertifiedGate, Sketch
+from hf_flash.layout import BundleLayout
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native extension is not built, or HF_FLASH_NATIVE=0")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("act", [torch.nn.ReLU(), ReLUSquaredActivation(), FATReLU(0.3), torch.nn.ReLU6()], ids=lambda a: type(a).__name__)  # fmt: skip
+@pytest.mark.parametrize("n_tokens", [1, 3, 8])
+def test_sparse_ffn_is_the_reference_on_the_gathered_rows(dtype, gated, act, n_tokens) -> None:
+    torch.manual_seed(n_tokens)
+    n_slots, d_model, d_out = 300, 72, 40
+    layout = BundleLayout(d_model, d_out, gated, dtype)
+    up, down, gate = torch.randn(n_slots, d_model), torch.randn(n_slots, d_out), torch.randn(n_slots, d_model)
+    rows = layout.pack(up.to(dtype), down.to(dtype), gate.to(dtype) if gated else None)
+    slots = torch.randperm(n_slots)[:137]
+    x = torch.randn(n_tokens, d_model).to(dtype)
+    up_bias = torch.randn(len(slots)).to(dtype)
+    gate_bias = torch.randn(len(slots)).to(dtype) if gated else None
+    code = native.activation_code(act)
+    assert code is not None
+
+    y, n_fired = native.sparse_ffn(x, rows, slots, d_model, d_out, gated, dtype, code, gate_bias, up_bias)
+
+    g, u, d = layout.split(rows[slots])
+    h = ops.hidden(x, u, act, g, up_bias, gate_bias)
+    want = h.double() @ d.double()
+    assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+    assert n_fired == int((h != 0).any(0).sum())
+
+
+def test_sparse_ffn_of_no_slots_is_zero() -> None:
+    rows = torch.zeros(4, 512, dtype=torch.uint8)
+    y, n_fired = native.sparse_ffn(
+        torch.randn(2, 16), rows, torch.empty(0, dtype=torch.int64), 16, 16, False, torch.float32, (0, 0.0)
+    )
+    assert n_fired == 0 and torch.equal(y, torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("delta", [0.0, 1e-9])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased) -> None:
+    torch.manual_seed(bits)
+    n, d_model = 700, 100  # d_model is no multiple of the group: the last one is padded
+    weight = (torch.randn(n, d_model) * torch.rand(n, 1)).to(dtype)
+    bias = (torch.randn(n) - 0.5).to(dtype) if biased else None
+    gate = CertifiedGate(Sketch.of(weight, bits), delta, 0.0, dtype)
+    for n_tokens in (1, 2, 8):
+        x = torch.randn(n_tokens, d_model).to(dtype)
+        any_token, last = gate.decide(x, bias)
+        upper = gate.upper(x, bias)
+        sure = (upper.abs() > 1e-4 * upper.abs().max()).all(0)  # elsewhere the order of a float sum decides
+        wanted = gate.wanted(x, bias)
+        assert torch.equal(any_token[sure], wanted.any(0)[sure])
+        assert torch.equal(last[sure], wanted[-1][sure])
+        fires = torch.nn.functional.linear(x, weight, bias) > 0
+        assert not (fires.any(0) & ~any_token).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 1e-30])
+def test_gate_scan_wants_everything_where_nothing_is_promised(bad) -> None:
+    gate = CertifiedGate(Sketch.of(torch.randn(64, 128)), weight_dtype=torch.float32)
+    x = torch.zeros(1, 128)
+    x[0, 3] = bad
+    assert gate.decide(x)[0].all() and gate.wanted(x).all()
