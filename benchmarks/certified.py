@@ -59,14 +59,14 @@ def watch_flash(modules: dict[str, Any]) -> dict[str, list]:
     wanted: dict[str, list] = {path: [] for path in modules}
     for path, module in modules.items():
         gate = module.engine.gate
-        ask = gate.wanted
+        ask = gate.decide
 
         def recording(x: Any, bias: Any = None, *, ask: Any = ask, path: str = path) -> Any:
             answer = ask(x, bias)
-            wanted[path].append(answer.clone())
+            wanted[path].append(answer[0].unsqueeze(0))  # one token: its own answer
             return answer
 
-        gate.wanted = recording
+        gate.decide = recording
     return wanted
 
 
@@ -86,7 +86,7 @@ def compare(args: Any, source: Path, folder: Path) -> dict[str, Any]:
     ids = text_ids(args, dense, AutoTokenizer.from_pretrained(source))
 
     modules = {name: m for name, m in flash.named_modules() if isinstance(m, FlashFFN)}
-    answers = {path: module.engine.gate.wanted for path, module in modules.items()}
+    answers = {path: module.engine.gate.decide for path, module in modules.items()}
     inputs, fired = watch_dense(dense, modules)
     asked = watch_flash(modules)
     logits = read_tokens(dense, ids)
@@ -95,7 +95,7 @@ def compare(args: Any, source: Path, folder: Path) -> dict[str, Any]:
     for path, module in modules.items():
         bias = module.biases().gate if module.engine.layer.layout.gated else module.biases().up
         truth = torch.cat(fired[path])  # [n_tokens, d_ffn]
-        wanted = torch.cat([answers[path](x, bias) for x in inputs[path]])
+        wanted = torch.stack([answers[path](x, bias)[0] for x in inputs[path]])
         on_its_way = torch.cat(asked[path])
         rows.append({
             "layer": path,

@@ -232,18 +232,19 @@ def generate_greedy(model: Any, ids: Sequence[int], n_tokens: int, margins: bool
         margins: also the gap between the two best logits at each step, relative to the best: tells a tie from an error.
 
     Returns:
-        tokens, prefill_s, s_per_token and read_bytes_per_token (decode only: the first token is the prefill's), the
-        series of both, and margins.
+        tokens, prefill_s, s_per_token, cpu_s_per_token (all threads) and read_bytes_per_token (decode only: the first
+        token is the prefill's), the series of time and bytes, and margins.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    times, reads = [], []
+    times, reads, cpu = [], [], []
 
     class Clock(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             times.append(time.perf_counter())
             reads.append(read_bytes_so_far())
+            cpu.append(time.process_time())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
     start, start_read = time.perf_counter(), read_bytes_so_far()
@@ -258,6 +259,7 @@ def generate_greedy(model: Any, ids: Sequence[int], n_tokens: int, margins: bool
         "prefill_s": times[0] - start,
         "prefill_read_bytes": reads[0] - start_read,
         "s_per_token": (times[-1] - times[0]) / steps,
+        "cpu_s_per_token": (cpu[-1] - cpu[0]) / steps,
         "read_bytes_per_token": (reads[-1] - reads[0]) / steps,
         "token_s": [round(b - a, 4) for a, b in itertools.pairwise(times)],
         "token_read_bytes": [b - a for a, b in itertools.pairwise(reads)],

@@ -5,7 +5,7 @@ cap + a bare interpreter, the same for all; model files are evicted first, libra
 same number of tokens; the sides take turns. The sides (sides.py): hf_flash with gate `all` (lossless), accelerate disk
 offload with as much in anonymous memory as serves it best (searched for), plain transformers on mmapped weights.
 
-Seconds and disk bytes are per decoded token; the first token is the prefill's and apart. Every side's tokens are
+Seconds, CPU seconds (all threads) and disk bytes are per decoded token; the first token is the prefill's and apart. Every side's tokens are
 compared with those of the dense model without a cap.
 """
 
@@ -48,7 +48,15 @@ def measure(run: cgroup.Run, dense: dict[str, Any]) -> dict[str, Any]:
         why = "killed (out of memory)" if run.oom_killed else f"failed: {error[:200]}"
         return {**row, "right": False, "words": why}
     result = run.result()
-    keys = ("s_per_token", "read_bytes_per_token", "prefill_s", "prefill_read_bytes", "load_s", "load_read_bytes")
+    keys = (
+        "s_per_token",
+        "cpu_s_per_token",
+        "read_bytes_per_token",
+        "prefill_s",
+        "prefill_read_bytes",
+        "load_s",
+        "load_read_bytes",
+    )
     row.update({key: result[key] for key in (*keys, "token_s")}, anon_bytes=run.anon_bytes)
     compared = common.compare_tokens(result["tokens"], dense["tokens"], dense["margins"])
     if "stats" in result:
@@ -63,7 +71,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if len(done) < len(rows):
         summary["words"] = next(row["words"] for row in rows if not row["finished"])
     if done:
-        for key in ("s_per_token", "read_bytes_per_token", "prefill_s", "load_s"):
+        for key in ("s_per_token", "cpu_s_per_token", "read_bytes_per_token", "prefill_s", "load_s"):
             summary[key] = statistics.median(row[key] for row in done)
         summary["range"] = [pick(row["s_per_token"] for row in done) for pick in (min, max)]
         if done[0]["peak_bytes"] is not None:
@@ -74,14 +82,14 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def print_table(found: dict[str, dict[str, Any]]) -> None:
     """One line per side; ratio is its s/token over hf_flash's."""
     ours = found.get("hf_flash", {}).get("s_per_token")
-    rows = [["side", "s/token", "range", "MB/token", "prefill s", "load s", "peak MB", "ratio", "tokens"]]
+    rows = [["side", "s/token", "range", "CPU s", "MB/token", "prefill s", "load s", "peak MB", "ratio", "tokens"]]
     for side, s in found.items():
         if "s_per_token" not in s:
-            rows.append([side, *["-"] * 7, s["words"]])
+            rows.append([side, *["-"] * 8, s["words"]])
             continue
         rows.append([
-            side, f"{s['s_per_token']:.3f}", "{:.3f}-{:.3f}".format(*s["range"]), common.mb(s["read_bytes_per_token"]),
-            f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}", common.mb(s.get("peak_bytes")),
+            side, f"{s['s_per_token']:.3f}", "{:.3f}-{:.3f}".format(*s["range"]), f"{s['cpu_s_per_token']:.3f}",
+            common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}", common.mb(s.get("peak_bytes")),
             f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
         ])  # fmt: skip
     print(common.table(rows), flush=True)

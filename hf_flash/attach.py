@@ -181,6 +181,11 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
         )
         raise FlashConfigError(f"gate='certified' cannot be had: {why}. Use gate='all' or leave it 'auto'.")
     certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
+    if can and config.gate == "auto" and not certified:
+        logger.warning_once(
+            f"The checkpoint has no sketch for {block.path}, though its activation would allow the certified gate: every "
+            "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
+        )
     scratch = GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,

@@ -80,12 +80,12 @@ class FlashConfig(QuantizationConfigMixin):
             raise FlashConfigError(f"gate={self.gate!r} is unknown. Choose one of {', '.join(map(repr, GATES))}.")
         if not (isinstance(self.gate_bits, int) and self.gate_bits in CERTIFIED_BITS):
             raise FlashConfigError(f"gate_bits={self.gate_bits!r}: the sketch takes 4 to 8 bits per weight.")
-        if not 0 <= self.delta < 1:
+        if not isinstance(self.delta, int | float) or not 0 <= self.delta < 1:
             raise FlashConfigError(f"delta={self.delta!r} is a probability: 0 <= delta < 1, such as 1e-9.")
         for name in ("batch_size", "n_threads", "window"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, 1 or more.")
-        if self.context is not None and (not isinstance(self.context, int) or self.context < 1):
+        if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
 
     def get_loading_attributes(self) -> dict[str, Any]:

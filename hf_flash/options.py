@@ -44,9 +44,7 @@ Context = Annotated[
         help="Tokens to plan the KV cache for. Default: plan, 1024; run, what it will need.",
     ),
 ]  # fmt: skip
-GateBits = Annotated[
-    int, typer.Option(metavar="BITS", help="Bits per weight of the certified gate's sketch, 4 to 8.")
-]
+GateBits = Annotated[int, typer.Option(metavar="BITS", help="Bits per weight of the certified gate's sketch, 4 to 8.")]
 Dtype = Annotated[
     str | None,
     typer.Option(

@@ -122,9 +122,7 @@ def plan(
         FlashError: the checkpoint is none, or cannot run from flash, and why.
     """
     config = FlashConfig(memory, gate=gate, context=context, batch_size=batch_size, gate_bits=gate_bits)
-    return look(
-        model, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, token=token
-    ).plan()
+    return look(model, config, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision, token=token).plan()
 
 
 def smallest_cap(model: str | os.PathLike[str], **options: Any) -> int:
@@ -187,9 +185,18 @@ def _converted(
     skeleton: PreTrainedModel, folder: Path, files: list[Path]
 ) -> tuple[list[FFNBlock], dict[str, attach.Geometry], Located]:
     blocks = find_blocks(skeleton)
-    geometry = attach.geometry_of(*hub.flash_files(folder / "config.json", str(folder)))
+    flash, gates = hub.flash_files(folder / "config.json", str(folder))
+    geometry = named_geometry(skeleton, blocks, flash, gates)
     attach.match_geometry(blocks, geometry, str(folder))
     return blocks, geometry, locate(skeleton, files)
+
+
+def named_geometry(
+    skeleton: PreTrainedModel, blocks: list[FFNBlock], flash: Mapping[str, Path], gates: Path | None
+) -> dict[str, attach.Geometry]:
+    """Geometry of a flash checkpoint by the module paths of a model, which may have another head than its source."""
+    stored = attach.geometry_of(flash, gates)
+    return {path: stored[name] for path, name in attach.stored_paths(skeleton, blocks, stored).items()}
 
 
 def _merged(stored: dict[str, Any], config: FlashConfig) -> FlashConfig:

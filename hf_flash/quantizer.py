@@ -43,8 +43,8 @@ class FlashQuantizer(HfQuantizer):
         """One device: the engine computes on the CPU, and placing layers is what the plan does."""
         if device_map is None or device_map in ("auto", "cpu", "balanced", "balanced_low_0", "sequential"):
             return {"": "cpu"}
-        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if {str(torch.device(d)) if d not in ("disk",) else "disk" for d in map(str, devices)} != {"cpu"}:
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(str(device) != "cpu" for device in devices):
             raise FlashConfigError(
                 f"device_map={device_map!r}: hf_flash computes on the CPU and places layers itself. "
                 "Leave device_map out and set the cap with FlashConfig(memory=...)."

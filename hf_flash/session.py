@@ -94,9 +94,7 @@ class Session:
         model, tokenizer: ready to use. load_s: seconds it took to open the model.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, load_s: float, base_rss_bytes: int
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, load_s: float, base_rss_bytes: int) -> None:
         self.model, self.tokenizer, self.load_s, self._base = model, tokenizer, load_s, base_rss_bytes
 
     @classmethod
@@ -160,9 +158,7 @@ class Session:
 class _Meter(TextStreamer):
     """Streams text on, and notes the time and the counters when the prompt is done and when the last token is."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stats: FlashStats, on_text: Callable[[str], None]
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stats: FlashStats, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._stats, self._on_text = stats, on_text
         self.tokens: list[int] = []

@@ -173,14 +173,15 @@ def names_in_index(path: Path) -> list[str]:
     """File names in an index, in order, each once."""
     try:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing: {path.parent} is no flash checkpoint, or an incomplete one. "
             f"Make one with `hf-flash repack MODEL {path.parent}`."
         ) from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} does not parse ({error}). Fetch it again, or repack the checkpoint.") from error
-    return list(dict.fromkeys(weight_map.values()))
+    return names
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:

@@ -22,7 +22,7 @@ from hf_flash.config import QUANT_METHOD
 from hf_flash.errors import CheckpointError, FlashError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, find_blocks, get_activation, zero_below
 from hf_flash.format import TensorFile, read_header, verify_file
-from hf_flash.preview import skeleton_of
+from hf_flash.preview import named_geometry, skeleton_of
 from hf_flash.repack import parts_of
 from hf_flash.store import GATES_NAME, INDEX_NAME, LAYERS_KEY, names_in_index
 
@@ -163,9 +163,10 @@ def _check_files(folder: Path, roles: Mapping[str, str], progress: bool) -> list
 def _has_checksums(path: Path) -> bool:
     """False for a resident file that transformers wrote. One damaged byte cannot make ours look like that."""
     try:
-        return any(key.startswith("hf_flash.") for key in read_header(path).metadata)
+        keys = read_header(path).metadata
     except CheckpointError:
         return True
+    return any(key in keys for key in ("hf_flash.format_version", "hf_flash.crc32", "hf_flash.header_crc32"))
 
 
 def _header_problems(path: Path) -> list[str]:
@@ -186,6 +187,10 @@ def _together(
         note(f"{name} is named by no index and will not be read; it may be removed.")
     files = checkpoint_files(folder)
     try:
+        attach.match_sources(folder / name for name, role in roles.items() if role != "stray")
+    except CheckpointError as error:
+        problems.append(str(error))
+    try:
         skeleton = skeleton_of(folder, files, trust_remote_code=trust_remote_code)
     except UnknownArchitectureError as error:
         note(f"Whether the bundles are this model's was not checked: {error}")
@@ -194,7 +199,7 @@ def _together(
         blocks = find_blocks(skeleton)
         sketches = folder / GATES_NAME
         flash = {name: folder / name for name, role in roles.items() if role == "flash"}
-        geometry = attach.geometry_of(flash, sketches if sketches.is_file() else None)
+        geometry = named_geometry(skeleton, blocks, flash, sketches if sketches.is_file() else None)
         attach.match_geometry(blocks, geometry, str(folder))
         guards = locate(skeleton, files).by_param
     except FlashError as error:

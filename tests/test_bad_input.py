@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_missing_file(flash: Path, name: str) -> None:
     (path,) = flash.glob(name)
     path.unlink()
     if name == "gates.safetensors":
-        with pytest.raises(FlashConfigError, match="no sketch for model.layers.0.mlp"):
+        with pytest.raises(FlashConfigError, match=r"no sketch for model\.layers\.0\.mlp"):
             load(flash, gate="certified")
     else:
         with pytest.raises(CheckpointError, match=re.escape(str(path))):
@@ -403,7 +404,9 @@ def test_output_is_being_written_by_another_process(stock: Path, tmp_path: Path)
     hf_flash.repack(stock, tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize(("method", "word"), [("hf_flash", "a flash checkpoint already"), ("bnb", "quantized with 'bnb'")])
+@pytest.mark.parametrize(
+    ("method", "word"), [("hf_flash", "a flash checkpoint already"), ("bnb", "quantized with 'bnb'")]
+)
 def test_source_is_quantized(stock: Path, tmp_path: Path, method: str, word: str) -> None:
     source = Path(shutil.copytree(stock, tmp_path / "stock"))
     edit_config(source, quantization_config={"quant_method": method})
@@ -479,7 +482,7 @@ def test_bad_shard_size(stock: Path, tmp_path: Path, size: Any) -> None:
 def test_source_with_a_bad_config(stock: Path, tmp_path: Path, config: str | None) -> None:
     source = Path(shutil.copytree(stock, tmp_path / "stock"))
     (source / "config.json").unlink() if config is None else (source / "config.json").write_text(config)
-    with pytest.raises(CheckpointError, match=r"config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"config\.json (cannot be read|is missing: .* is no checkpoint)"):
         hf_flash.repack(source, tmp_path / "out", progress=False)
 
 
@@ -530,6 +533,25 @@ def preadv(monkeypatch: pytest.MonkeyPatch, by_threads: None) -> Iterator[list[C
     place[0] = None
 
 
+class FailingOnce:
+    """A device whose nth read fails, and leaves rubbish in the buffers."""
+
+    def __init__(self, nth: int) -> None:
+        self._left, self._lock = nth, threading.Lock()
+        self.failed: tuple[str, int] | None = None
+
+    def __call__(self, real: Callable[..., int], fd: int, buffers: list[memoryview], offset: int) -> int:
+        with self._lock:
+            self._left -= 1
+            fails = self._left == -1
+        if not fails:
+            return real(fd, buffers, offset)
+        self.failed = Path(os.readlink(f"/proc/self/fd/{fd}")).name, offset
+        for buffer in buffers:
+            buffer[:] = b"\xff" * len(buffer)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 @pytest.mark.usefixtures("by_threads")
 @pytest.mark.parametrize("gate", ["all", "certified"])
 def test_the_small_cap_does_read_from_flash(big: tuple[Path, list[int]], gate: str) -> None:
@@ -549,23 +571,12 @@ def test_a_failing_read_is_reported_and_forgotten(
     """EIO at the nth read, cold and warm; then the device is well again."""
     model = load_big(big, gate)
     for _ in range(2):
-        left, failed = [nth], []
-
-        def fail(real: Any, fd: int, buffers: list[memoryview], offset: int) -> int:
-            left[0] -= 1
-            if left[0] < 0 and not failed:
-                failed.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, offset))
-                for buffer in buffers:
-                    buffer[:] = b"\xff" * len(buffer)  # what a broken device may leave there
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return real(fd, buffers, offset)
-
-        preadv[0] = fail
+        preadv[0] = device = FailingOnce(nth)
         with pytest.raises(ReadError, match="Input/output error") as caught:
             tokens_of(model)
         preadv[0] = None
-        name, offset = failed[0]
-        assert f"{name} at offset {offset} failed" in str(caught.value)
+        assert device.failed is not None
+        assert "{} at offset {} failed".format(*device.failed) in str(caught.value)
         assert "hf-flash verify" in str(caught.value)
         assert caught.value.errno == errno.EIO
         assert tokens_of(model) == big[1]

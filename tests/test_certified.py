@@ -44,10 +44,18 @@ def fires(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act:
     return act(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))) != 0
 
 
+def decisions(gate: CertifiedGate, x: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
+    """[n_tokens, n_neurons] bool by torch operations, and token by token as `decide` has it (natively where built)."""
+    last = [gate.decide(token[None], bias)[1] for token in x]
+    return [gate.wanted(x, bias), torch.stack(last)]
+
+
 def count_missed(
     gate: CertifiedGate, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act=None
 ) -> int:
-    return int((fires(x, weight, bias, act or nn.ReLU()) & ~gate.wanted(x, bias)).sum())
+    """How many neurons fire that a way of deciding leaves out."""
+    fired = fires(x, weight, bias, act or nn.ReLU())
+    return sum(int((fired & ~wanted).sum()) for wanted in decisions(gate, x, bias))
 
 
 @settings(max_examples=200, deadline=None)
@@ -200,7 +208,8 @@ def test_a_product_that_is_rounded_before_the_bias_is_added() -> None:
     exact = x.double() @ weight.double().t() + bias.double()
     assert not act(exact).any()
     assert act(F.linear(x, weight.to(BF16)) + bias).all()
-    assert CertifiedGate(Sketch.of(weight), threshold=0.82, weight_dtype=BF16).wanted(x, bias).all()
+    gate = CertifiedGate(Sketch.of(weight), threshold=0.82, weight_dtype=BF16)
+    assert all(wanted.all() for wanted in decisions(gate, x, bias))
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), ReLUSquaredActivation(), FATReLU(0.3), FATReLU(1e-7)])
@@ -228,11 +237,12 @@ def test_a_token_that_is_not_finite_wants_every_neuron(bad: float, dtype: torch.
     weight = draw((70, 100), "normal", 1).to(F32)
     weight[5] = 0
     x = draw((3, 100), "normal", 2).to(dtype)
-    alone = CertifiedGate(Sketch.of(weight)).wanted(x)
+    gate = CertifiedGate(Sketch.of(weight))
+    before = decisions(gate, x, None)
     x[1, 17] = bad
-    wanted = CertifiedGate(Sketch.of(weight)).wanted(x)
-    assert wanted[1].all()
-    assert torch.equal(wanted[[0, 2]], alone[[0, 2]])
+    for wanted, alone in zip(decisions(gate, x, None), before, strict=True):
+        assert wanted[1].all()
+        assert torch.equal(wanted[[0, 2]], alone[[0, 2]])
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e-8, 1e8, 1e19, 1e30, 1e38])
@@ -256,17 +266,31 @@ def test_weights_of_no_ordinary_size_are_always_wanted() -> None:
     weight[-2] = 0
     x = draw((6, 100), "normal", 2).float()
     gate = CertifiedGate(Sketch.of(weight))
-    assert gate.wanted(x)[:, : len(odd)].all()
-    assert not gate.wanted(x)[:, -2].any()
-    assert not gate.wanted(x)[:, -1].all()
-    assert gate.wanted(torch.zeros(1, 100))[0].tolist() == [True] * len(odd) + [False] * 2
+    for wanted in decisions(gate, x, None):
+        assert wanted[:, : len(odd)].all()
+        assert not wanted[:, -2].any()
+        assert not wanted[:, -1].all()
+    for wanted in decisions(gate, torch.zeros(1, 100), None):
+        assert wanted[0].tolist() == [True] * len(odd) + [False] * 2
 
 
 def test_a_zero_input_leaves_the_decision_to_the_bias() -> None:
     weight = draw((4, 100), "normal", 1).float()
     bias = torch.tensor([-1.0, 0.0, 1e-40, 1.0])
     gate = CertifiedGate(Sketch.of(weight))
-    assert gate.wanted(torch.zeros(1, 100), bias)[0].tolist() == [False, False, True, True]
+    for wanted in decisions(gate, torch.zeros(1, 100), bias):
+        assert wanted[0].tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 5, 8, 9, 40])
+def test_decide_is_the_union_and_the_last_token(n_tokens: int) -> None:
+    weight, x = draw((300, 100), "normal", 1).float(), draw((100, n_tokens), "normal", 2).float().t()
+    bias = draw((300, 2), "normal", 3).float()[:, 0]  # neither x nor the bias is contiguous
+    gate = CertifiedGate(Sketch.of(weight, 6))
+    any_token, last = gate.decide(x, bias)
+    each = decisions(gate, x, bias)[1] if n_tokens else torch.zeros(0, 300, dtype=torch.bool)
+    assert (any_token != each.any(0)).sum() <= 1  # sums in another order may differ on the edge
+    assert (last != each[-1:].any(0)).sum() <= 1
 
 
 def test_float32_products_in_less_than_float32_widen_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,8 +384,8 @@ def test_no_neuron_of_a_real_model_is_missed(
         fired = fires(x, fc1.weight, bias, nn.ReLU())
         sketch = Sketch.of(fc1.weight, bits, seed=number)
         for delta in (0.0, 1e-9):
-            wanted = CertifiedGate(sketch, delta).wanted(x, bias)
-            assert not (fired & ~wanted).any(), f"layer {number}, {bits} bits, delta {delta}"
+            for wanted in decisions(CertifiedGate(sketch, delta), x, bias):
+                assert not (fired & ~wanted).any(), f"layer {number}, {bits} bits, delta {delta}"
         n_fired, n_wanted, n_all = n_fired + int(fired.sum()), n_wanted + int(wanted.sum()), n_all + fired.numel()
     record_property("fired, wanted, all", f"{n_fired}, {n_wanted}, {n_all}")
     assert n_all > 500_000

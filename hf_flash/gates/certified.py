@@ -206,11 +206,11 @@ class CertifiedGate:
     def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Inputs padded to whole groups, |x_g|^2 from above [T, groups], and |x| [T, 1], infinite where not judged."""
         groups = self.sketch.step.shape[1]
-        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model))
+        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model)).contiguous()
         squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)
         largest = x32.abs().amax(-1, keepdim=True)
         judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
-        return padded.contiguous(), squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
+        return padded, squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
 
     def _gamma(self) -> float:
         """Bound of what a float32 sum of d_model products is off by, relative to |w| |x|."""
@@ -247,7 +247,7 @@ class CertifiedGate:
                 self._bar,
             )  # fmt: skip
         wanted = self.wanted(x, bias)
-        return wanted.any(0), wanted[-1]
+        return wanted.any(0), wanted[-1:].any(0)  # which holds for no tokens too
 
 
 def _operand_unit() -> float:
