@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,6 @@ def compare(args: Any, source: Path, folder: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    sys.path.insert(0, str(common.REPO))
     import hf_flash
     from hf_flash.ffn import FlashFFN
 

@@ -28,6 +28,7 @@ import cgroup
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parent
 MIB = 1 << 20
+sys.path.append(str(REPO))  # a checkout that is not installed will do; an installed package goes first
 # The opening of "A Scandal in Bohemia" (A. Conan Doyle, 1891; public domain).
 PROMPT = (
     "To Sherlock Holmes she is always the woman. I have seldom heard him mention her under any other name. In his "
@@ -40,7 +41,7 @@ PROMPT = (
 def have_hf_flash() -> bool:
     """Whether the package under test can be found (installed, or beside this folder)."""
     spec = importlib.util.find_spec("hf_flash")
-    return (spec is not None and spec.origin is not None) or (REPO / "hf_flash" / "__init__.py").is_file()
+    return spec is not None and spec.origin is not None
 
 
 def machine() -> dict[str, Any]:
@@ -65,6 +66,7 @@ def machine() -> dict[str, Any]:
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "nice": os.nice(0),
         "load_1min": round(os.getloadavg()[0], 2),
         "commit": commit(),
         **packages,

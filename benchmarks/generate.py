@@ -5,8 +5,8 @@ cap + a bare interpreter, the same for all; model files are evicted first, libra
 same number of tokens; the sides take turns. The sides (sides.py): hf_flash with gate `all` (lossless), accelerate disk
 offload with as much in anonymous memory as serves it best (searched for), plain transformers on mmapped weights.
 
-Seconds, CPU seconds (all threads) and disk bytes are per decoded token; the first token is the prefill's and apart. Every side's tokens are
-compared with those of the dense model without a cap.
+Seconds, CPU seconds (all threads) and disk bytes are per decoded token; the first token is the prefill's and apart.
+Every side's tokens are compared with those of the dense model without a cap.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import common
 import footprint
 import models
 import sides
+
+FIGURES = ("s_per_token", "cpu_s_per_token", "read_bytes_per_token", "prefill_s", "load_s")
 
 
 def ceilings(model_dir: Any, memory: int, dense: dict[str, Any], bytes_per_s: float) -> dict[str, float]:
@@ -71,7 +73,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if len(done) < len(rows):
         summary["words"] = next(row["words"] for row in rows if not row["finished"])
     if done:
-        for key in ("s_per_token", "cpu_s_per_token", "read_bytes_per_token", "prefill_s", "load_s"):
+        for key in FIGURES:
             summary[key] = statistics.median(row[key] for row in done)
         summary["range"] = [pick(row["s_per_token"] for row in done) for pick in (min, max)]
         if done[0]["peak_bytes"] is not None:
@@ -89,8 +91,8 @@ def print_table(found: dict[str, dict[str, Any]]) -> None:
             continue
         rows.append([
             side, f"{s['s_per_token']:.3f}", "{:.3f}-{:.3f}".format(*s["range"]), f"{s['cpu_s_per_token']:.3f}",
-            common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}", common.mb(s.get("peak_bytes")),
-            f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
+            common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}",
+            common.mb(s.get("peak_bytes")), f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
         ])  # fmt: skip
     print(common.table(rows), flush=True)
 

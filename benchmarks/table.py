@@ -59,7 +59,10 @@ def cap(result: dict[str, Any]) -> str:
 
 def generate(result: dict[str, Any]) -> str:
     """One row per model, cap and side; the ceiling as a row of its own."""
-    rows = [["model, cap", "side", "s/token (range)", "MB read/token", "prefill s", "peak MB", "x hf_flash", "tokens"]]
+    head = (
+        "model, cap | side | s/token (range) | CPU s/token | MB read/token | prefill s | peak MB | x hf_flash | tokens"
+    )
+    rows = [head.split(" | ")]
     notes = []
     for m in result["models"]:
         notes.append(
@@ -70,7 +73,7 @@ def generate(result: dict[str, Any]) -> str:
             where = f"{m['model']}, {c['memory'] / m['model_bytes']:.0%} ({common.mb(c['memory'])} MB)"
             ceiling = c["ceiling"]
             least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
-            rows.append([where, "*ceiling*", f"{least:.3f}", common.mb(ceiling["must_read_bytes"]), *["-"] * 4])
+            rows.append([where, "*ceiling*", f"{least:.3f}", "-", common.mb(ceiling["must_read_bytes"]), *["-"] * 4])
             rows += [generate_row(where, side, s, c) for side, s in c["sides"].items()]
     return " ".join(notes) + "\n\n" + markdown(rows)
 
@@ -80,12 +83,12 @@ def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) ->
     name = {"accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident", "mmap": "transformers, mmap"}
     label = name.get(side, side)
     if "s_per_token" not in s:
-        return [where, label, *["-"] * 5, s["words"]]
+        return [where, label, *["-"] * 6, s["words"]]
     ours = c["sides"].get("hf_flash", {}).get("s_per_token")
     return [
         where, label, f"{s['s_per_token']:.3f} ({s['range'][0]:.3f}-{s['range'][1]:.3f})",
-        common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", common.mb(s.get("peak_bytes")),
-        f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
+        f"{s['cpu_s_per_token']:.3f}", common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}",
+        common.mb(s.get("peak_bytes")), f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
     ]  # fmt: skip
 
 
@@ -109,8 +112,18 @@ def certified(result: dict[str, Any]) -> str:
     return f"{head}\n\n{markdown(rows)}"
 
 
+def tokens(result: dict[str, Any]) -> str:
+    """One row per model and gate."""
+    rows = [["model", "gate", "dtype", "memory MB", "tokens equal to dense"]]
+    for r in result["rows"]:
+        equal = f"{r['equal']} of {r['total']}"
+        rows.append([r["model"], r["gate"], r["dtype"].removeprefix("torch."), common.mb(r["memory"]), equal])
+    return markdown(rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
+    "tokens": tokens,
 }  # fmt: skip
 
 

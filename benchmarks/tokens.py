@@ -1,8 +1,8 @@
 """Are the greedy tokens on flash the dense model's own?
 
-Two models: the small ReLU model that ships with hf_flash, 20 prompts x 100 tokens with gates `all` and `certified`, and
-SmolLM2-135M-Instruct in bfloat16, 5 prompts x 50 tokens with gate `all`. The cap leaves DRAM for about half of the FFNs, so
-that flash is really used. Tokens are compared one by one; any difference fails the benchmark.
+Two models: the small ReLU model that ships with hf_flash, 20 prompts x 100 tokens with gates `all` and `certified`,
+and SmolLM2-135M-Instruct in bfloat16, 5 prompts x 50 tokens with gate `all`. The cap leaves DRAM for about half of the
+FFNs, so that flash is really used. Tokens are compared one by one; any difference fails the benchmark.
 """
 
 # ruff: noqa: PLC0415  (--help needs no torch)
@@ -17,13 +17,27 @@ import models
 
 SHIPPED = common.REPO / "hf_flash" / "models" / "relu-books-5m"
 PROMPTS = (
-    "It was a dark and stormy night, and", "The old house stood at the end of", "She looked at him for a long time and",
-    "In the beginning of the year", "\"My dear sir,\" said the captain,", "There was once a king who", "The train arrived at",
-    "He had never seen such a", "When the war was over, the soldiers", "The garden was full of", "I do not remember when",
-    "The doctor took his hat and", "Far away across the sea", "\"What shall we do now?\" asked", "The letter was written in",
-    "On the morning of the third day", "Nobody in the village knew", "The judge leaned forward and", "A small boy came running",
+    "It was a dark and stormy night, and",
+    "The old house stood at the end of",
+    "She looked at him for a long time and",
+    "In the beginning of the year",
+    '"My dear sir," said the captain,',
+    "There was once a king who",
+    "The train arrived at",
+    "He had never seen such a",
+    "When the war was over, the soldiers",
+    "The garden was full of",
+    "I do not remember when",
+    "The doctor took his hat and",
+    "Far away across the sea",
+    '"What shall we do now?" asked',
+    "The letter was written in",
+    "On the morning of the third day",
+    "Nobody in the village knew",
+    "The judge leaned forward and",
+    "A small boy came running",
     "At last the door opened, and",
-)  # fmt: skip
+)
 
 
 def compare(folder: Path, converted: Path, gate: str, n_prompts: int, n_tokens: int) -> dict[str, Any]:
@@ -53,10 +67,18 @@ def compare(folder: Path, converted: Path, gate: str, n_prompts: int, n_tokens: 
     print(
         f"{folder.name}, {str(dense.dtype).removeprefix('torch.')}, gate {gate}, cap {format_size(cap)}: "
         f"{equal} of {total} tokens equal ({n_prompts} prompts x {n_tokens}); "
-        f"{format_size(stats['bytes_read'])} read from flash, {format_size(plan['parts']['FFN cache'])} of FFNs in DRAM",
+        f"{format_size(stats['bytes_read'])} read from flash, "
+        f"{format_size(plan['parts']['FFN cache'])} of FFNs in DRAM",
         flush=True,
     )
-    return {"model": folder.name, "gate": gate, "dtype": str(dense.dtype), "memory": cap, "equal": equal, "total": total}
+    return {
+        "model": folder.name,
+        "gate": gate,
+        "dtype": str(dense.dtype),
+        "memory": cap,
+        "equal": equal,
+        "total": total,
+    }
 
 
 def half_cap(converted: Path, gate: str) -> int:
@@ -69,7 +91,7 @@ def half_cap(converted: Path, gate: str) -> int:
 
 
 def main() -> None:
-    args = common.parser(__doc__ or "").parse_args()
+    args = common.parser(__doc__).parse_args()
     info = common.begin("tokens: are the greedy tokens on flash the dense model's own?")
     print("ceiling: all of them")
     n_prompts, n_tokens = (2, 8) if args.smoke else (20, 100)

@@ -155,7 +155,7 @@ def demand_of(
     ) + sum(b.numel() * b.element_size() for b in model.buffers())
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    context = config.context or min(DEFAULT_CONTEXT, limit)
+    context = config.context or min(DEFAULT_CONTEXT, limit if limit > 0 else DEFAULT_CONTEXT)  # XLNet: -1
     tokens = context * config.batch_size
     layers = [_layer(model, block, geometry[block.path], config, size) for block in blocks]
     widest = max(b.d_ffn for b in blocks)
@@ -281,7 +281,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 rows = plan.pinned_rows[name]
                 module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens)
             else:
-                threshold = zero_below(module.act) or 0.0
+                threshold = zero_below(module.own_activation) or 0.0
                 gate = CertifiedGate(sketches.load(layer.path), config.delta, threshold, layer.layout.dtype)
                 cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)

@@ -113,10 +113,12 @@ class NeuronCache:
             neurons: [n] sorted, unique.
             rows: [n, row_bytes] their bundles.
         """
-        absent = np.flatnonzero(self._slot_of[neurons] < 0)[: self.n_slots]
+        present = self._slot_of[neurons]
+        present = present[present >= 0]
+        absent = np.flatnonzero(self._slot_of[neurons] < 0)[: self.n_slots - len(present)]
         if not len(absent):
             return
-        slots = self._take_slots(len(absent), np.empty(0, np.int64))
+        slots = self._take_slots(len(absent), present)
         self.rows[torch.from_numpy(slots)] = rows[torch.from_numpy(absent)]
         self._slot_of[neurons[absent]] = slots
         self._neuron_of[slots] = neurons[absent]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from hf_flash.errors import CheckpointError
+from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.format import PAD_PREFIX, TensorEntry, read_header
 from hf_flash.store import DTYPES, names_in_index
 
@@ -111,7 +113,9 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
         while got < entry.n_bytes:
             n = file.readinto(view[got:])
             if not n:
-                raise CheckpointError(f"{entry.path} ended at byte {entry.start + got}, inside {entry.name}. Fetch it again.")
+                raise CheckpointError(
+                    f"{entry.path} ended at byte {entry.start + got}, inside {entry.name}. Fetch it again."
+                )
             got += n
     return out.view(DTYPES[entry.dtype]).view(entry.shape)
 
@@ -131,9 +135,33 @@ def load_json(path: Path) -> dict[str, Any]:
         out: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is missing: {path.parent} is no checkpoint. Give a folder that save_pretrained or `hf-flash repack` "
-            "wrote, or the name of a Hub repo."
+            f"{path} is missing: {path.parent} is no checkpoint. Give a folder that save_pretrained or "
+            "`hf-flash repack` wrote, or the name of a Hub repo."
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}).") from error
     return out
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a folder.
+
+    Raises:
+        UnknownArchitectureError: transformers does not know the model, or its code is not trusted.
+    """
+    raw = load_json(folder / "config.json")
+    if raw.get("auto_map") and not trust_remote_code and "AutoConfig" in raw["auto_map"]:
+        with contextlib.suppress(KeyError, ValueError):  # a type that transformers knows by now needs no remote code
+            AutoConfig.for_model(raw.get("model_type", ""))
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        raise UnknownArchitectureError(
+            f"{folder} brings its own code ({raw['auto_map']['AutoConfig']}). Read it, then pass "
+            "trust_remote_code=True (--trust-remote-code)."
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise UnknownArchitectureError(
+            f"{folder / 'config.json'} describes no model that the installed transformers knows (model_type "
+            f"{raw.get('model_type')!r}). `pip install -U transformers`, or choose another checkpoint."
+        ) from error

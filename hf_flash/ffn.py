@@ -76,8 +76,8 @@ class FlashFFN(nn.Module):
         self.__dict__["down_stub"] = Bias(biases[down] if down else None, dtype)
 
     @property
-    def act(self) -> ops.Activation:
-        """The block's own activation."""
+    def own_activation(self) -> ops.Activation:
+        """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
         act: Any = self._hidden_act[0] if self._hidden_act else self.get_submodule(self._act_path)
         return act  # type: ignore[no-any-return]
 
@@ -112,7 +112,7 @@ class FlashFFN(nn.Module):
                 y: torch.Tensor = _FlashFunction.apply(x, self)
             else:
                 with torch.no_grad():
-                    y = self.engine.forward(x, self.act, self.biases())
+                    y = self.engine.forward(x, self.own_activation, self.biases())
         return y + residual[0] if self.block.takes_residual and residual else y
 
     def extra_repr(self) -> str:
@@ -131,7 +131,7 @@ class _FlashFunction(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.module = module
         assert module.engine is not None
-        return module.engine.forward(x, module.act, module.biases())
+        return module.engine.forward(x, module.own_activation, module.biases())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
@@ -143,7 +143,7 @@ class _FlashFunction(torch.autograd.Function):
         with module.engine.pieces(x, biases) as pieces, torch.enable_grad():
             for neurons, gate, up, down in pieces:
                 leaf = x.detach().requires_grad_()
-                y = ops.project(ops.hidden(leaf, up, module.act, gate, *biases.part(neurons)), down)
+                y = ops.project(ops.hidden(leaf, up, module.own_activation, gate, *biases.part(neurons)), down)
                 out += torch.autograd.grad(y, leaf, grad)[0]
         return out.to(x.dtype), None
 

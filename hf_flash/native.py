@@ -32,7 +32,7 @@ def _load() -> ctypes.CDLL | None:
     folder = Path(__file__).parent / "_native"
     for path in sorted(folder.glob("kernels*.so")):
         try:
-            lib = _bind(ctypes.CDLL(str(path)))
+            lib = _bind(ctypes.CDLL(str(path), use_errno=True))
         except (OSError, AttributeError) as error:
             logger.warning_once(f"hf_flash: {path.name} does not load ({error}); torch operations are used instead.")
             continue
@@ -49,10 +49,31 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_gate_scan.argtypes = [
         _P, _P, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_ring_open.restype = _P
+    lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]
+    lib.hf_flash_ring_close.restype = None
+    lib.hf_flash_ring_close.argtypes = [_P]
+    lib.hf_flash_ring_submit.restype = _P
+    lib.hf_flash_ring_submit.argtypes = [_P, _I, _P, _P, _P, _P, _P, _P]
+    lib.hf_flash_ring_submit_rows.restype = _P
+    lib.hf_flash_ring_submit_rows.argtypes = [_P, _N, _I, _I, _P, _I, _P, _P, _I, _I, _P, _P, _P]
+    lib.hf_flash_batch_wait.restype = _N
+    lib.hf_flash_batch_wait.argtypes = [_P, _P]
+    lib.hf_flash_batch_ready.restype = _N
+    lib.hf_flash_batch_ready.argtypes = [_P, _P]
+    lib.hf_flash_batch_error.restype = None
+    lib.hf_flash_batch_error.argtypes = [_P, _P]
+    lib.hf_flash_batch_free.restype = None
+    lib.hf_flash_batch_free.argtypes = [_P]
     return lib
 
 
 _lib = _load()
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded extension, for readers/uring.py; None where it was not built."""
+    return _lib
 
 
 def available() -> bool:

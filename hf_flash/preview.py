@@ -22,18 +22,17 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever client it is built on
     HTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )  # fmt: skip
 from huggingface_hub.utils import SafetensorsFileMetadata
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_flash import attach, budget, hub
 from hf_flash.budget import Demand, Plan
-from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate
+from hf_flash.checkpoint import Located, checkpoint_files, load_json, locate, read_config
 from hf_flash.config import QUANT_METHOD, FlashConfig
-from hf_flash.errors import CheckpointError, FlashConfigError, HubError, UnknownArchitectureError
+from hf_flash.errors import CheckpointError, FlashConfigError, HubError
 from hf_flash.families import FFNBlock, find_blocks
 from hf_flash.format import read_header
 from hf_flash.repack import Source, meta_model
@@ -230,30 +229,6 @@ def skeleton_of(
         torch.set_default_dtype(before)
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a folder.
-
-    Raises:
-        UnknownArchitectureError: transformers does not know the model, or its code is not trusted.
-    """
-    raw = load_json(folder / "config.json")
-    if raw.get("auto_map") and not trust_remote_code and "AutoConfig" in raw["auto_map"]:
-        with contextlib.suppress(KeyError):  # a type that transformers knows by now needs no remote code
-            AutoConfig.for_model(raw.get("model_type", ""))
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        raise UnknownArchitectureError(
-            f"{folder} brings its own code ({raw['auto_map']['AutoConfig']}). Read it, then pass "
-            "trust_remote_code=True (--trust-remote-code)."
-        )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
-        raise UnknownArchitectureError(
-            f"{folder / 'config.json'} describes no model that the installed transformers knows (model_type "
-            f"{raw.get('model_type')!r}). `pip install -U transformers`, or choose another checkpoint."
-        ) from error
-
-
 def _dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig, files: list[Path]) -> torch.dtype:
     if dtype is None or dtype == "auto":
         dtype = config.dtype
@@ -295,12 +270,16 @@ def headers_of(
 
 def _cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot of a repo in the Hub cache, if its weights are there."""
-    try:
-        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-        checkpoint_files(folder)
-    except (LocalEntryNotFoundError, CheckpointError):
+    found = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(found, str):
         return None
-    return folder
+    folder = Path(found).parent
+    try:
+        checkpoint_files(folder)
+        converted = "quantization_config" in load_json(folder / "config.json")
+    except CheckpointError:
+        return None
+    return None if converted and hub.missing_files(folder) else folder
 
 
 def _fetch_headers(repo: str, folder: Path, revision: str | None, token: str | bool | None) -> Path:

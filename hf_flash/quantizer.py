@@ -24,6 +24,15 @@ from hf_flash.checkpoint import locate
 from hf_flash.repack import repack_to_cache
 
 
+class Saving(threading.local):
+    """The folder that this thread is saving a model to; a copy of the model saves nothing yet."""
+
+    folder: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saving:
+        return Saving()
+
+
 class FlashQuantizer(HfQuantizer):
     """Runs a model's FFNs from flash."""
 
@@ -33,7 +42,7 @@ class FlashQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantization_config: FlashConfig = quantization_config
         self._runtime: attach.FlashRuntime | None = None
-        self.saving = threading.local()
+        self.saving = Saving()
 
     def validate_environment(self, device_map: Any = None, weights_only: bool = True, **kwargs: Any) -> None:
         """Refuse what cannot work before anything is loaded."""
@@ -91,9 +100,8 @@ class FlashQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """What save_pretrained writes: resident tensors, those that are streamed, and a guard per FFN tensor."""
-        folder = getattr(self.saving, "folder", None)
-        if folder is not None:
-            save.write_flash_side(model, Path(folder))
+        if self.saving.folder is not None:
+            save.write_flash_side(model, Path(self.saving.folder))
         return save.state_dict(model), save.metadata(model)
 
     def is_serializable(self, **kwargs: Any) -> bool:

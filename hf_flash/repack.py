@@ -21,12 +21,12 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_flash import card, hub
 from hf_flash.check import check_blocks
-from hf_flash.checkpoint import WEIGHTS_INDEX, Located, checkpoint_files, load_json, locate, read_tensor
+from hf_flash.checkpoint import WEIGHTS_INDEX, Located, checkpoint_files, load_json, locate, read_config, read_tensor
 from hf_flash.config import FlashConfig
 from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
@@ -229,7 +229,7 @@ def repack(
         method = raw_config["quantization_config"].get("quant_method")
         word = "a flash checkpoint already" if method == "hf_flash" else f"quantized with {method!r}"
         raise CheckpointError(f"{model} is {word}. Repack the original weights instead.")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, trust_remote_code)
     source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder))
     limit = parse_size(max_shard_size)
     n_bytes = sum(e.n_bytes for e in source.located.by_key.values())

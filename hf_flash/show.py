@@ -36,7 +36,6 @@ def plan_view(preview: Preview, plan: Plan) -> RenderableType:
 
 
 def _part_note(part: str, preview: Preview, plan: Plan) -> str:
-    ffn = sum(layer.matrix_bytes for layer in preview.demand.layers)
     sketched = [preview.geometry[path] for path, gate in plan.gates.items() if gate == "certified"]
     bits = "/".join(str(b) for b in sorted({g.sketch_bits for g in sketched}))
     notes = {
@@ -48,9 +47,16 @@ def _part_note(part: str, preview: Preview, plan: Plan) -> str:
         "batches": "neurons of a prompt on their way",
         "stream": "read buffers",
         "resident matrices": "attention, embeddings, head",
-        "FFN cache": f"{plan.parts.get('FFN cache', 0) / max(ffn, 1):.0%} of the FFN weights",
+        "FFN cache": f"{_cached_share(preview, plan):.0%} of the FFN weights",
     }
     return notes.get(part, "")
+
+
+def _cached_share(preview: Preview, plan: Plan) -> float:
+    """Share of the neurons, by their bytes, that have a place in DRAM."""
+    sizes = {layer.path: layer.row_bytes for layer in preview.demand.layers}
+    rows = {**plan.pinned_rows, **plan.slots}
+    return sum(n * sizes[path] for path, n in rows.items()) / max(preview.ffn_bytes, 1)
 
 
 def _reads(preview: Preview, plan: Plan) -> list[str]:
@@ -66,7 +72,7 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
         lines.append(f"streamed from flash as well: {' and '.join(words)}")
     reads = [format_size(plan.bytes_per_token)] if plan.bytes_per_token or not gates.get("certified") else []
     reads += ["the neurons that may fire and are not cached"] if gates.get("certified") else []
-    if not plan.streamed and plan.parts.get("FFN cache", 0) >= preview.ffn_bytes:
+    if not plan.streamed and _cached_share(preview, plan) >= 1:
         reads = ["nothing, once the cache is warm: everything fits into this cap"]
     lines.append(f"read per new token: {' and '.join(reads)}")
     return lines

@@ -16,7 +16,7 @@ from hf_flash.errors import CheckpointError, ChecksumError
 from hf_flash.format import TensorEntry, TensorFile, read_header
 from hf_flash.layout import BundleLayout
 from hf_flash.memory import aligned_empty, view_bytes
-from hf_flash.plan import IntArray, extents
+from hf_flash.plan import IntArray
 from hf_flash.readers import Read, Reader, Ticket
 
 INDEX_NAME = "flash.safetensors.index.json"
@@ -118,23 +118,12 @@ class FlashStore:
         Returns:
             The ticket to wait for, bytes requested, and the number of reads.
         """
-        view, size, start = view_bytes(targets), layer.rows.row_bytes, layer.rows.start
-        sink = view_bytes(self._sink)
-        assert max_gap_rows * size <= len(sink)
-        reads: list[Read] = []
-        n_bytes = 0
-        for i, j in extents(rows, max_gap_rows):
-            buffers: list[memoryview] = []
-            previous = int(rows[i]) - 1
-            for row, slot in zip(rows[i:j].tolist(), slots[i:j].tolist(), strict=True):
-                if row > previous + 1:
-                    buffers.append(sink[: (row - previous - 1) * size])
-                buffers.append(view[slot * size : (slot + 1) * size])
-                previous = row
-            length = (int(rows[j - 1]) - int(rows[i]) + 1) * size
-            reads.append(Read(layer.rows.file, start + int(rows[i]) * size, buffers))
-            n_bytes += length
-        return self.reader.submit(reads), n_bytes, len(reads)
+        size = layer.rows.row_bytes
+        assert max_gap_rows * size <= len(self._sink)
+        return self.reader.submit_rows(
+            layer.rows.file, layer.rows.start, size, rows, view_bytes(targets), slots, max_gap_rows,
+            view_bytes(self._sink),
+        )  # fmt: skip
 
     def read_rows(self, layer: FlashLayer, rows: IntArray) -> torch.Tensor:
         """Read some bundles into new memory: the plain way, for tests and tools.

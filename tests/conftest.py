@@ -1,8 +1,9 @@
-"""What all tests share: the shipped model, its flash checkpoint, the dense model as oracle, and a header of versions."""
+"""What all tests share: the shipped model, its flash checkpoint, the dense oracle, and a header of versions."""
 
 import ctypes
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,9 +92,9 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shipped() -> Path:
-    """The small ReLU model that comes with the package, as stock transformers saved it."""
-    return SHIPPED
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small ReLU model that comes with the package, as stock transformers saved it; a copy, not to be changed."""
+    return shutil.copytree(SHIPPED, tmp_path_factory.mktemp("shipped") / SHIPPED.name)
 
 
 @pytest.fixture(scope="session")

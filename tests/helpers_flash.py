@@ -10,7 +10,7 @@ from hf_flash.errors import ReadError
 from hf_flash.format import FORMAT_VERSION, TensorFileWriter, TensorSpec
 from hf_flash.layout import BundleLayout
 from hf_flash.readers import Read, Reader, Ticket
-from hf_flash.store import DTYPE_NAMES, LAYERS_KEY, FlashLayer, FlashStore
+from hf_flash.store import DTYPE_NAMES, LAYERS_KEY
 
 
 def random_bytes(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -35,12 +35,6 @@ def write_layers(folder: Path, layers: dict[str, tuple[BundleLayout, torch.Tenso
     return {path.name: path}
 
 
-def open_layer(folder: Path, reader: Reader, layout: BundleLayout, rows: torch.Tensor) -> tuple[FlashStore, FlashLayer]:
-    """A store with one layer, called "ffn"."""
-    store = FlashStore(write_layers(folder, {"ffn": (layout, rows)}), reader)
-    return store, store.layers["ffn"]
-
-
 class FakeReader(Reader):
     """Reads whole files into memory once; every read is logged, and lands or fails when the test says so.
 
@@ -48,10 +42,14 @@ class FakeReader(Reader):
         late: bytes land when the ticket is waited for, and not at once: shows who looks too early. At once shows who
             lets a buffer be overwritten that is still in use.
         fail: called with each read; True makes it fail.
+        strict: refuse a buffer that an earlier read has not landed in yet.
     """
 
-    def __init__(self, late: bool = False, fail: Callable[[Read], bool] = lambda read: False) -> None:
-        self.late, self.fail, self.log, self.closed = late, fail, [], False
+    def __init__(
+        self, late: bool = False, fail: Callable[[Read], bool] = lambda read: False, strict: bool = False
+    ) -> None:
+        self.late, self.fail, self.strict, self.log, self.closed = late, fail, strict, [], False
+        self._under_way: list[tuple[_FakeTicket, list[tuple[int, int]]]] = []
         self._files: list[tuple[Path, bytes]] = []
 
     def open(self, path: Path) -> int:
@@ -63,12 +61,23 @@ class FakeReader(Reader):
             raise ReadError(9, "closed")
         self.log += [(read.file, read.offset, sum(map(len, read.buffers))) for read in reads]
         ticket = _FakeTicket([(read, self.fail(read)) for read in reads], self._files)
+        if self.strict:
+            ranges = [_addresses(buffer) for read in reads for buffer in read.buffers]
+            self._under_way = [(t, busy) for t, busy in self._under_way if not t.ready()]
+            for _, busy in self._under_way:
+                assert not any(a < d and c < b for a, b in ranges for c, d in busy), "a read is under way into it"
+            self._under_way.append((ticket, ranges))
         if not self.late:
             ticket.land()
         return ticket
 
     def close(self) -> None:
         self.closed = True
+
+
+def _addresses(buffer: memoryview) -> tuple[int, int]:
+    begin = torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()
+    return begin, begin + len(buffer)
 
 
 class _FakeTicket(Ticket):

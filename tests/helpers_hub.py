@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -335,7 +336,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": sha})
         entry = _entry(name, content)
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
-        return self._send(200, content, "application/octet-stream", {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self._send(206, content[first : last + 1], "application/octet-stream", headers)
+        return self._send(200, content, "application/octet-stream", headers)
 
     def _repo(self, repo_id: str) -> Repo | None:
         """The repo, unless it does not exist or may not be seen: then a reply was sent."""

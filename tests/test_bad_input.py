@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_hub import CAP, dense_tokens, run_python, save_stock, tiny_llama, tokens_of
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import hf_flash
@@ -32,6 +32,7 @@ from hf_flash.errors import (
     UnknownArchitectureError,
 )
 from hf_flash.format import read_header, verify_file
+from hf_flash.output import only_writer
 from hf_flash.readers import ThreadReader
 
 FLASH = FlashConfig(memory=CAP)
@@ -193,9 +194,7 @@ def test_config_of_another_model(flash: Path, change: dict[str, int], message: s
 
 
 @pytest.mark.parametrize("name", [SHARD, "gates.safetensors", "model-00003-of-*.safetensors"])
-def test_file_of_another_checkpoint_of_the_same_shape(
-    flash: Path, tmp_path: Path, name: str
-) -> None:
+def test_file_of_another_checkpoint_of_the_same_shape(flash: Path, tmp_path: Path, name: str) -> None:
     """Bug: it loaded, and answered with a mixture of two models."""
     other = tiny_llama()
     with torch.no_grad():
@@ -396,8 +395,6 @@ def test_output_holds_a_flash_checkpoint_of_another_source(flash: Path, tmp_path
 
 
 def test_output_is_being_written_by_another_process(stock: Path, tmp_path: Path) -> None:
-    from hf_flash.output import only_writer
-
     (tmp_path / "out").mkdir()
     with only_writer(tmp_path / "out"), pytest.raises(CheckpointError, match="Another process writes to"):
         hf_flash.repack(stock, tmp_path / "out", progress=False)
@@ -416,8 +413,6 @@ def test_source_is_quantized(stock: Path, tmp_path: Path, method: str, word: str
 
 
 def test_source_stored_in_eight_bits(stock: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     source = Path(shutil.copytree(stock, tmp_path / "stock"))
     tensors = load_file(source / "model.safetensors")
     tensors = {k: v.to(torch.float8_e4m3fn) if ".mlp." in k else v for k, v in tensors.items()}
@@ -428,8 +423,6 @@ def test_source_stored_in_eight_bits(stock: Path, tmp_path: Path) -> None:
 
 def bin_only(stock: Path, folder: Path) -> Path:
     shutil.copytree(stock, folder)
-    from safetensors.torch import load_file
-
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     return folder
@@ -452,8 +445,6 @@ def test_source_lacks_a_shard(tmp_path: Path) -> None:
 
 
 def test_source_lacks_a_matrix(stock: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     source = Path(shutil.copytree(stock, tmp_path / "stock"))
     tensors = load_file(source / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]

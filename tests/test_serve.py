@@ -92,9 +92,7 @@ def want(stock: Path) -> str:
     """What stock transformers answers to the same chat."""
     tokenizer = make_tokenizer()
     message = {"role": "user", "content": " ".join(f"w{i}" for i in PROMPT[0].tolist())}
-    inputs = tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     model = AutoModelForCausalLM.from_pretrained(stock)
     out = model.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_flash.errors import ReadError
+from hf_flash.plan import IntArray, extents
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,6 +68,22 @@ class Ticket:
             raise self.error
 
 
+def failed_read(path: Path, offset: int, why: str) -> str:
+    """Words for a read that the device refused."""
+    return (
+        f"reading {path} at offset {offset} failed: {why}. "
+        "The device or the mount is failing; check it, then run `hf-flash verify` on the folder"
+    )
+
+
+def early_end(path: Path, offset: int, want: int, got: int) -> str:
+    """Words for a file that ended before the bytes that were asked for."""
+    return (
+        f"{path} ended early: wanted {want} bytes at offset {offset}, got {got}. "
+        "The file was truncated; run `hf-flash verify` on the folder and fetch the file again"
+    )
+
+
 class Reader(ABC):
     """Reads extents of files into memory that the caller owns. Safe from several threads."""
 
@@ -85,6 +102,37 @@ class Reader(ABC):
         Raises:
             ReadError: the reader is closed. What goes wrong later is raised by the ticket.
         """
+
+    def submit_rows(
+        self, file: int, start: int, row_bytes: int, rows: IntArray, targets: memoryview, slots: IntArray,
+        max_gap_rows: int, sink: memoryview,
+    ) -> tuple[Ticket, int, int]:  # fmt: skip
+        """Start reading rows of one tensor straight into slots; neighbours, and rows a small gap apart, share a read.
+
+        Args:
+            file, start, row_bytes: the tensor: row i lies at start + i * row_bytes.
+            rows: [n] int64, sorted, unique.
+            targets: the slots, row_bytes each.
+            slots: [n] int64, where each row goes.
+            max_gap_rows: unwanted rows that one read may skip over.
+            sink: where those go; at least max_gap_rows * row_bytes.
+
+        Returns:
+            The ticket, bytes requested, and the number of reads.
+        """
+        reads: list[Read] = []
+        n_bytes = 0
+        for i, j in extents(rows, max_gap_rows):
+            buffers: list[memoryview] = []
+            previous = int(rows[i]) - 1
+            for row, slot in zip(rows[i:j].tolist(), slots[i:j].tolist(), strict=True):
+                if row > previous + 1:
+                    buffers.append(sink[: (row - previous - 1) * row_bytes])
+                buffers.append(targets[slot * row_bytes : (slot + 1) * row_bytes])
+                previous = row
+            reads.append(Read(file, start + int(rows[i]) * row_bytes, buffers))
+            n_bytes += (int(rows[j - 1]) - int(rows[i]) + 1) * row_bytes
+        return self.submit(reads), n_bytes, len(reads)
 
     @abstractmethod
     def close(self) -> None:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_flash.errors import CheckpointError, ReadError, ShortReadError
 from hf_flash.layout import round_up
-from hf_flash.readers.base import Read, Reader, Ticket
+from hf_flash.readers.base import Read, Reader, Ticket, early_end, failed_read
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +123,7 @@ class ThreadReader(Reader):
     def _read_one(self, read: Read) -> None:
         file = self._files[read.file]
         total = sum(map(len, read.buffers))
-        if file.block > 1 and not _is_aligned(read, file.block):
+        if file.block > 1 and not is_aligned(read, file.block):
             self._bounce(file, read, total)
         else:
             _read_fully(file, read.offset, read.buffers, read.need or total)
@@ -145,7 +145,8 @@ class ThreadReader(Reader):
             at += len(target)
 
 
-def _is_aligned(read: Read, block: int) -> bool:
+def is_aligned(read: Read, block: int) -> bool:
+    """Whether a direct read can serve this as it is."""
     if read.offset % block:
         return False
     for buffer in read.buffers:
@@ -173,11 +174,7 @@ def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int, 
         except InterruptedError:
             continue
         except OSError as error:
-            raise ReadError(
-                error.errno,
-                f"reading {file.path} at offset {offset + got} failed: {error.strerror}. "
-                "The device or the mount is failing; check it, then run `hf-flash verify` on the folder",
-            ) from error
+            raise ReadError(error.errno, failed_read(file.path, offset + got, str(error.strerror))) from error
         if n > 0 and file.block > 1 and n % file.block:  # the end of the file
             got += n
             break
@@ -189,9 +186,4 @@ def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int, 
         if n:
             pending[0] = pending[0][n:]
     if got < need:
-        raise ShortReadError(
-            errno.EIO,
-            f"{file.path} ended early: wanted {need - extra} bytes at offset {offset + extra}, "
-            f"got {max(0, got - extra)}. "
-            "The file was truncated; run `hf-flash verify` on the folder and fetch the file again",
-        )
+        raise ShortReadError(errno.EIO, early_end(file.path, offset + extra, need - extra, max(0, got - extra)))

@@ -1,0 +1,298 @@
+// io_uring for hf_flash: many positional reads with few system calls and no Python per read.
+//
+// One ring per reader. A batch is what was submitted together; its reads go into the submission queue as far as the
+// depth allows, the others wait in line and follow as reads complete. Whoever waits for a batch reaps for all: one
+// waiter at a time sleeps in the kernel (the leader), the others on a condition variable, so no completion is lost between
+// them. Short reads go on where they stopped; EINTR and EAGAIN are tried again. Raw system calls, no liburing.
+#include <cerrno>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <vector>
+
+#if defined(__linux__) && __has_include(<linux/io_uring.h>)
+#include <linux/io_uring.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+namespace {
+
+struct Batch;
+
+struct Op {
+  Batch *batch;
+  int fd;
+  int64_t offset, want, need, got = 0;
+  size_t iov, n_iov;  // range in the batch's vectors
+};
+
+struct Batch {
+  std::vector<Op> ops;
+  std::vector<iovec> iov;
+  int64_t left = 0;
+  int error = 0;           // errno of the first read that failed; ENODATA where the file ended early
+  int error_fd = -1;
+  int64_t error_offset = 0, error_got = 0, error_want = 0;
+};
+
+struct Ring {
+  int fd = -1;
+  unsigned depth = 0, in_flight = 0;
+  unsigned *sq_head, *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail, *cq_mask;
+  io_uring_sqe *sqes;
+  io_uring_cqe *cqes;
+  void *sq_map = MAP_FAILED, *cq_map = MAP_FAILED, *sqe_map = MAP_FAILED;
+  size_t sq_size = 0, cq_size = 0, sqe_size = 0;
+  std::mutex mutex;
+  std::condition_variable reaped;
+  bool leader = false;
+  std::deque<Op *> line;  // reads that found no room in the queue
+
+  int enter(unsigned submit, unsigned wait) {
+    return static_cast<int>(
+        syscall(__NR_io_uring_enter, fd, submit, wait, wait ? IORING_ENTER_GETEVENTS : 0u, nullptr, 0));
+  }
+
+  void push(Op *op) {
+    const unsigned tail = *sq_tail, index = tail & *sq_mask;
+    io_uring_sqe *sqe = &sqes[index];
+    std::memset(sqe, 0, sizeof *sqe);
+    sqe->opcode = IORING_OP_READV;
+    sqe->fd = op->fd;
+    sqe->off = static_cast<uint64_t>(op->offset + op->got);
+    sqe->addr = reinterpret_cast<uint64_t>(&op->batch->iov[op->iov]);
+    sqe->len = static_cast<uint32_t>(op->n_iov);
+    sqe->user_data = reinterpret_cast<uint64_t>(op);
+    sq_array[index] = index;
+    __atomic_store_n(sq_tail, tail + 1, __ATOMIC_RELEASE);
+  }
+
+  void finish(Op *op, int error) {
+    Batch *b = op->batch;
+    if (error && !b->error) {
+      b->error = error;
+      b->error_fd = op->fd;
+      b->error_offset = op->offset;
+      b->error_got = op->got;
+      b->error_want = op->need;
+    }
+    b->left--;
+  }
+
+  void advance() {  // with the mutex: move reads from the line into the queue
+    unsigned n = 0;
+    while (!line.empty() && in_flight + n < depth) {
+      push(line.front());
+      line.pop_front();
+      n++;
+    }
+    in_flight += n;
+    while (queued() && (enter(queued(), 0) >= 0 || errno == EINTR)) {
+    }  // what the kernel has no room for now stays queued; the leader's next call takes it along
+  }
+
+  unsigned queued() const { return *sq_tail - __atomic_load_n(sq_head, __ATOMIC_ACQUIRE); }
+
+  void complete(Op *op, int result) {
+    in_flight--;
+    if (result == -EINTR || result == -EAGAIN) return line.push_front(op);
+    if (result < 0) return finish(op, -result);
+    op->got += result;
+    if (op->got >= op->want) return finish(op, 0);
+    if (result == 0 || result % 512) return finish(op, op->got >= op->need ? 0 : ENODATA);  // the end of the file
+    size_t n = static_cast<size_t>(result);
+    while (n >= op->batch->iov[op->iov].iov_len) {
+      n -= op->batch->iov[op->iov].iov_len;
+      op->iov++, op->n_iov--;
+    }
+    iovec &first = op->batch->iov[op->iov];
+    first.iov_base = static_cast<char *>(first.iov_base) + n;
+    first.iov_len -= n;
+    line.push_front(op);
+  }
+
+  void reap() {  // with the mutex
+    unsigned head = *cq_head;
+    const unsigned tail = __atomic_load_n(cq_tail, __ATOMIC_ACQUIRE);
+    while (head != tail) {
+      const io_uring_cqe &cqe = cqes[head & *cq_mask];
+      complete(reinterpret_cast<Op *>(cqe.user_data), cqe.res);
+      head++;
+    }
+    __atomic_store_n(cq_head, head, __ATOMIC_RELEASE);
+    advance();
+  }
+
+  void start(Batch *b) {
+    std::lock_guard<std::mutex> hold(mutex);
+    b->left = static_cast<int64_t>(b->ops.size());
+    for (Op &op : b->ops) line.push_back(&op);
+    if (!leader) reap();  // a leader may sleep until the very completion that would be taken here
+    else advance();
+  }
+};
+
+void *map(int fd, size_t size, off_t what) {
+  return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
+}
+
+void add_op(Batch *b, int fd, int64_t offset, size_t first_iov, int64_t want, int64_t need) {
+  b->ops.push_back(Op{b, fd, offset, want, need, 0, first_iov, b->iov.size() - first_iov});
+}
+
+}  // namespace
+
+extern "C" {
+
+void hf_flash_ring_close(void *handle) {
+  Ring *r = static_cast<Ring *>(handle);
+  {
+    std::lock_guard<std::mutex> hold(r->mutex);  // what is in flight writes into memory that is not ours to free
+    while (r->fd >= 0 && r->cq_map != MAP_FAILED && (r->in_flight || !r->line.empty())) {
+      r->enter(r->queued(), 1);
+      r->reap();
+    }
+  }
+  if (r->sqe_map != MAP_FAILED) munmap(r->sqe_map, r->sqe_size);
+  if (r->cq_map != MAP_FAILED && r->cq_map != r->sq_map) munmap(r->cq_map, r->cq_size);
+  if (r->sq_map != MAP_FAILED) munmap(r->sq_map, r->sq_size);
+  if (r->fd >= 0) close(r->fd);
+  delete r;
+}
+
+// A ring for `depth` reads in flight; null and errno where the kernel or a sandbox refuses.
+void *hf_flash_ring_open(unsigned depth) {
+  Ring *r = new Ring;
+  io_uring_params p;
+  std::memset(&p, 0, sizeof p);
+  r->fd = static_cast<int>(syscall(__NR_io_uring_setup, depth, &p));
+  if (r->fd < 0) {
+    delete r;
+    return nullptr;
+  }
+  r->depth = depth < p.sq_entries ? depth : p.sq_entries;
+  r->sq_size = p.sq_off.array + p.sq_entries * sizeof(unsigned);
+  r->cq_size = p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe);
+  if (p.features & IORING_FEAT_SINGLE_MMAP) r->sq_size = r->cq_size = r->sq_size > r->cq_size ? r->sq_size : r->cq_size;
+  r->sqe_size = p.sq_entries * sizeof(io_uring_sqe);
+  r->sq_map = map(r->fd, r->sq_size, IORING_OFF_SQ_RING);
+  r->cq_map = p.features & IORING_FEAT_SINGLE_MMAP ? r->sq_map : map(r->fd, r->cq_size, IORING_OFF_CQ_RING);
+  r->sqe_map = map(r->fd, r->sqe_size, IORING_OFF_SQES);
+  if (r->sq_map == MAP_FAILED || r->cq_map == MAP_FAILED || r->sqe_map == MAP_FAILED) {
+    hf_flash_ring_close(r);
+    return nullptr;
+  }
+  char *sq = static_cast<char *>(r->sq_map), *cq = static_cast<char *>(r->cq_map);
+  r->sq_head = reinterpret_cast<unsigned *>(sq + p.sq_off.head);
+  r->sq_tail = reinterpret_cast<unsigned *>(sq + p.sq_off.tail);
+  r->sq_mask = reinterpret_cast<unsigned *>(sq + p.sq_off.ring_mask);
+  r->sq_array = reinterpret_cast<unsigned *>(sq + p.sq_off.array);
+  r->cq_head = reinterpret_cast<unsigned *>(cq + p.cq_off.head);
+  r->cq_tail = reinterpret_cast<unsigned *>(cq + p.cq_off.tail);
+  r->cq_mask = reinterpret_cast<unsigned *>(cq + p.cq_off.ring_mask);
+  r->cqes = reinterpret_cast<io_uring_cqe *>(cq + p.cq_off.cqes);
+  r->sqes = static_cast<io_uring_sqe *>(r->sqe_map);
+  return r;
+}
+
+// Start n reads: read i fills buffers first[i] .. first[i + 1] from offsets[i] of fds[i].
+void *hf_flash_ring_submit(void *handle, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,
+                           const int64_t *first, const uint64_t *addresses, const int64_t *lengths) {
+  Batch *b = new Batch;
+  b->ops.reserve(static_cast<size_t>(n));
+  b->iov.reserve(static_cast<size_t>(first[n]));
+  for (int64_t i = 0; i < n; i++) {
+    const size_t from = b->iov.size();
+    int64_t want = 0;
+    for (int64_t k = first[i]; k < first[i + 1]; k++) {
+      b->iov.push_back(iovec{reinterpret_cast<void *>(addresses[k]), static_cast<size_t>(lengths[k])});
+      want += lengths[k];
+    }
+    add_op(b, fds[i], offsets[i], from, want, need[i]);
+  }
+  static_cast<Ring *>(handle)->start(b);
+  return b;
+}
+
+// Start reading rows of one tensor straight into slots. Sorted rows at most max_gap apart (and max_rows long) share a
+// read, the rows between go to `sink`. See plan.py, which is the reference.
+void *hf_flash_ring_submit_rows(void *handle, int fd, int64_t start, int64_t row_bytes, const int64_t *rows, int64_t n,
+                                uint64_t base, const int64_t *slots, int64_t max_gap, int64_t max_rows, uint64_t sink,
+                                int64_t *n_bytes, int64_t *n_reads) {
+  Batch *b = new Batch;
+  b->iov.reserve(static_cast<size_t>(2 * n));
+  *n_bytes = 0;
+  for (int64_t i = 0; i < n;) {
+    const size_t from = b->iov.size();
+    int64_t j = i;
+    for (; j < n; j++) {
+      const int64_t gap = j > i ? rows[j] - rows[j - 1] - 1 : 0;
+      if (gap > max_gap || rows[j] - rows[i] >= max_rows) break;
+      if (gap) b->iov.push_back(iovec{reinterpret_cast<void *>(sink), static_cast<size_t>(gap * row_bytes)});
+      char *to = reinterpret_cast<char *>(base) + slots[j] * row_bytes;
+      iovec *last = j > i && !gap ? &b->iov.back() : nullptr;
+      if (last && static_cast<char *>(last->iov_base) + last->iov_len == to) last->iov_len += static_cast<size_t>(row_bytes);
+      else b->iov.push_back(iovec{to, static_cast<size_t>(row_bytes)});
+    }
+    const int64_t want = (rows[j - 1] - rows[i] + 1) * row_bytes;
+    add_op(b, fd, start + rows[i] * row_bytes, from, want, want);
+    *n_bytes += want;
+    i = j;
+  }
+  *n_reads = static_cast<int64_t>(b->ops.size());
+  static_cast<Ring *>(handle)->start(b);
+  return b;
+}
+
+// 0: all bytes are there; 1: a read failed; 2: a signal came, call again.
+int hf_flash_batch_wait(void *handle, void *batch) {
+  Ring *r = static_cast<Ring *>(handle);
+  Batch *b = static_cast<Batch *>(batch);
+  std::unique_lock<std::mutex> hold(r->mutex);
+  while (b->left > 0) {
+    if (r->leader) {
+      r->reaped.wait(hold);
+      continue;
+    }
+    r->reap();
+    if (b->left <= 0) break;
+    r->leader = true;
+    hold.unlock();
+    const int result = r->enter(r->queued(), 1);
+    const int error = result < 0 ? errno : 0;
+    hold.lock();
+    r->leader = false;
+    r->reap();
+    r->reaped.notify_all();
+    if (error == EINTR && b->left > 0) return 2;
+  }
+  r->reaped.notify_all();
+  return b->error ? 1 : 0;
+}
+
+int hf_flash_batch_ready(void *handle, void *batch) {
+  Ring *r = static_cast<Ring *>(handle);
+  std::lock_guard<std::mutex> hold(r->mutex);
+  if (!r->leader) r->reap();
+  return static_cast<Batch *>(batch)->left <= 0;
+}
+
+void hf_flash_batch_error(void *batch, int64_t *out) {  // errno, fd, offset, got, want
+  Batch *b = static_cast<Batch *>(batch);
+  out[0] = b->error, out[1] = b->error_fd, out[2] = b->error_offset, out[3] = b->error_got, out[4] = b->error_want;
+}
+
+void hf_flash_batch_free(void *batch) { delete static_cast<Batch *>(batch); }  // only once wait returned 0 or 1
+
+}  // extern "C"
+
+#else
+extern "C" void *hf_flash_ring_open(unsigned) {
+  errno = ENOSYS;
+  return nullptr;
+}
+#endif

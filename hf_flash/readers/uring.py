@@ -1,0 +1,133 @@
+"""io_uring reads: a whole plan in one system call, no Python per read.
+
+What the ring cannot take (reads that are not aligned for direct access, buffered files) goes to the pool of threads that
+this reader is built on. The bytes are the same either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+import numpy as np
+
+from hf_flash import native
+from hf_flash.errors import ReadError, ShortReadError
+from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
+from hf_flash.readers.base import Read, Ticket, early_end, failed_read
+from hf_flash.readers.threads import IOV_MAX, ThreadReader, is_aligned
+
+DEPTH = 64  # reads in the kernel at a time
+
+
+class UringReader(ThreadReader):
+    """Reads through one io_uring.
+
+    Args:
+        n_threads: of the pool that serves what the ring cannot.
+        depth: reads in flight.
+
+    Raises:
+        OSError: the kernel or a sandbox refuses io_uring, or the native extension is not built.
+    """
+
+    def __init__(self, n_threads: int = 8, depth: int = DEPTH) -> None:
+        lib = native.library()
+        if lib is None:
+            raise OSError(errno.ENOSYS, "the native extension is not built")
+        self._ring = lib.hf_flash_ring_open(depth)
+        if not self._ring:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self._lib = lib
+        super().__init__(n_threads)
+
+    def submit(self, reads: list[Read]) -> Ticket:
+        with self._lock:
+            self._check_open()
+        for read in reads:
+            block = self._files[read.file].block
+            if block == 1 or len(read.buffers) > IOV_MAX or not is_aligned(read, block):
+                return super().submit(reads)
+        if not reads:
+            return Ticket(0)
+        fds = np.array([self._files[read.file].fd for read in reads], np.int32)
+        offsets = np.array([read.offset for read in reads], np.int64)
+        counts = [len(read.buffers) for read in reads]
+        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        arrays = [np.frombuffer(buffer, np.uint8) for read in reads for buffer in read.buffers]
+        addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
+        lengths = np.array([len(array) for array in arrays], np.int64)
+        need = np.array([read.need or sum(map(len, read.buffers)) for read in reads], np.int64)
+        batch = self._lib.hf_flash_ring_submit(
+            self._ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
+            addresses.ctypes.data, lengths.ctypes.data,
+        )  # fmt: skip
+        return _UringTicket(self, batch, arrays)
+
+    def submit_rows(
+        self, file: int, start: int, row_bytes: int, rows: IntArray, targets: memoryview, slots: IntArray,
+        max_gap_rows: int, sink: memoryview,
+    ) -> tuple[Ticket, int, int]:  # fmt: skip
+        block = self._files[file].block
+        base, junk = np.frombuffer(targets, np.uint8), np.frombuffer(sink, np.uint8)
+        if block == 1 or start % block or row_bytes % block or base.ctypes.data % block:
+            return super().submit_rows(file, start, row_bytes, rows, targets, slots, max_gap_rows, sink)
+        with self._lock:
+            self._check_open()
+        rows, slots = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(slots, np.int64)
+        n_bytes, n_reads = ctypes.c_int64(), ctypes.c_int64()
+        batch = self._lib.hf_flash_ring_submit_rows(
+            self._ring, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
+            slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
+            ctypes.byref(n_reads),
+        )  # fmt: skip
+        return _UringTicket(self, batch, [base, junk]), n_bytes.value, n_reads.value
+
+    def close(self) -> None:
+        super().close()
+        if self._ring:
+            self._lib.hf_flash_ring_close(self._ring)
+            self._ring = None
+
+    def error_of(self, batch: int) -> ReadError:
+        """What went wrong with a batch, naming file and offset."""
+        out = np.zeros(5, np.int64)
+        self._lib.hf_flash_batch_error(batch, out.ctypes.data)
+        code, fd, offset, got, want = out.tolist()
+        path = next(file.path for file in self._files if file.fd == fd)
+        if code == errno.ENODATA:
+            return ShortReadError(errno.EIO, early_end(path, offset, want, got))
+        return ReadError(code, failed_read(path, offset, os.strerror(code)))
+
+
+class _UringTicket(Ticket):
+    """A batch in the ring; keeps the memory that it reads into alive until it has landed."""
+
+    def __init__(self, reader: UringReader, batch: int, arrays: list[np.ndarray]) -> None:
+        super().__init__(0)
+        self._reader, self._batch, self._arrays = reader, batch, arrays
+        self._done = False
+
+    def ready(self) -> bool:
+        return self._done or bool(self._reader._lib.hf_flash_batch_ready(self._reader._ring, self._batch))
+
+    def settle(self) -> None:
+        if self._done:
+            return
+        result = 2
+        while result == 2:  # a signal: its handler runs between the calls, and may raise
+            result = self._reader._lib.hf_flash_batch_wait(self._reader._ring, self._batch)
+        self._done = True
+        if result:
+            self.error = self._reader.error_of(self._batch)
+        self._arrays = []
+
+    def wait(self) -> None:
+        self.settle()
+        super().wait()
+
+    def __del__(self) -> None:
+        if self._reader._ring:
+            self.settle()
+        self._reader._lib.hf_flash_batch_free(self._batch)

@@ -1,0 +1,276 @@
+"""The ring hands out the right rows whatever is asked of it, and in a steady order reads each chunk once a pass."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from helpers_flash import FakeReader, random_bytes
+from hypothesis import given, settings
+
+from hf_flash.errors import ReadError
+from hf_flash.layout import DATA_ALIGN, round_up
+from hf_flash.readers import Read, Reader, ThreadReader
+from hf_flash.stats import FlashStats
+from hf_flash.store import Extent2D
+from hf_flash.stream import Stream
+
+SIZE = 300_000
+NOISE = random_bytes((SIZE,), seed=3)
+UNITS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 2500), st.integers(0, 9000)), min_size=1, max_size=5)
+SIZES = {"chunk_bytes": st.integers(1, 9000), "n_buffers": st.integers(1, 5)}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stream") / "noise"
+    path.write_bytes(NOISE.numpy().tobytes())
+    return path
+
+
+class Ring:
+    """A stream over units of a file of noise: n_rows, row_bytes and bytes left out before each."""
+
+    def __init__(
+        self, file: Path, units: list[tuple[int, int, int]], chunk_bytes: int, n_buffers: int, reader: Reader
+    ) -> None:
+        self.reader, self.stats = reader, FlashStats()
+        self.stream = Stream(reader, chunk_bytes, n_buffers, self.stats)
+        handle, at, self.units = reader.open(file), 0, []
+        for number, (n_rows, row_bytes, gap) in enumerate(units):
+            at = (at + gap) % (SIZE - n_rows * row_bytes)
+            self.units.append(Extent2D(f"unit{number}", handle, at, n_rows, row_bytes))
+            assert self.stream.add(self.units[-1]) == number
+            at += n_rows * row_bytes
+
+    def rows(self, unit: int, start: int, stop: int) -> torch.Tensor:
+        u = self.units[unit]
+        return NOISE[u.start + start * u.row_bytes : u.start + stop * u.row_bytes].view(-1, u.row_bytes)
+
+    def use(self, unit: int, n_chunks: int = 1 << 30, first: int = 0) -> None:
+        """Take chunks of a unit and compare each with the file; stop after n_chunks."""
+        at, step = first, self.stream.chunk_rows(unit)
+        with self.stream.unit(unit) as chunks:
+            for number, (start, stop, rows) in enumerate(chunks):
+                if number == n_chunks:
+                    return
+                assert (start, stop) == (at, min(at + step, self.units[unit].n_rows))
+                assert torch.equal(rows, self.rows(unit, start, stop)), f"wrong rows {start}:{stop} of unit {unit}"
+                at = stop
+        assert at == self.units[unit].n_rows
+
+    def chunks(self, unit: int, first: int = 0) -> dict[tuple[int, int], int]:
+        """(offset, length) of the reads that a unit takes -> how often in one pass."""
+        u, step = self.units[unit], self.stream.chunk_rows(unit)
+        reads: Counter[tuple[int, int]] = Counter()
+        for start in range(first, u.n_rows, step):
+            begin, end = u.start + start * u.row_bytes, u.start + min(start + step, u.n_rows) * u.row_bytes
+            aligned = begin // DATA_ALIGN * DATA_ALIGN
+            reads[aligned, round_up(end - aligned, DATA_ALIGN)] += 1
+        return reads
+
+    def is_whole(self) -> bool:
+        """No buffer got lost or was made twice."""
+        buffers = [*self.stream._free, *(p.buffer for p in self.stream._pending)]
+        return len({b.data_ptr() for b in buffers}) == len(buffers) == self.stream._n_buffers
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.booleans(), st.data())
+def test_any_order_of_units_whole_or_abandoned(
+    file: Path, units: list[tuple[int, int, int]], sizes: dict[str, int], late: bool, data: st.DataObject
+) -> None:
+    ring = Ring(file, units, reader=FakeReader(late, strict=True), **sizes)
+    assert not ring.stream._free, "memory is taken when the first chunk is asked for"
+    asked = st.tuples(st.integers(0, len(units) - 1), st.sampled_from([1 << 30, 1 << 30, 0, 1, 2, 5]))
+    for unit, n_chunks in data.draw(st.lists(asked, min_size=1, max_size=15)):
+        ring.use(unit, n_chunks)
+        assert ring.is_whole() or not ring.reader.log
+    assert ring.stats.bytes_read == sum(length for _, _, length in ring.reader.log)
+    assert ring.stats.n_reads == len(ring.reader.log)
+    assert (
+        ring.stream.ring_bytes
+        == sum(b.numel() for b in ring.stream._free) + sum(p.buffer.numel() for p in ring.stream._pending)
+        or not ring.reader.log
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.data())
+def test_a_steady_order_reads_each_chunk_once_a_pass(
+    file: Path, units: list[tuple[int, int, int]], sizes: dict[str, int], data: st.DataObject
+) -> None:
+    """Decoders repeat their layers; whatever the order is, it is known after two passes."""
+    ring = Ring(file, units, reader=FakeReader(), **sizes)
+    order = data.draw(st.permutations(range(len(units))))
+    for _ in range(2):
+        for unit in order:
+            ring.use(unit)
+    ring.reader.log.clear()
+    before, n_passes = ring.stats.bytes_read, 3
+    for _ in range(n_passes):
+        for unit in order:
+            ring.use(unit)
+    want = sum((Counter(ring.chunks(unit)) for unit in order), Counter())
+    got = Counter((offset, length) for _, offset, length in ring.reader.log)
+    assert got == Counter({chunk: n_passes * n for chunk, n in want.items()})
+    assert ring.stats.bytes_read - before == n_passes * sum(length * n for (_, length), n in want.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.booleans(), st.data())
+def test_pinned_rows_are_read_once_ever(
+    file: Path, units: list[tuple[int, int, int]], sizes: dict[str, int], late: bool, data: st.DataObject
+) -> None:
+    """As an engine does it: announce, keep what the first pass brings, pin; nothing else is read twice for it."""
+    ring = Ring(file, units, reader=FakeReader(late, strict=True), **sizes)
+    stream, n_passes, pins = ring.stream, 4, []
+    for unit, extent in enumerate(ring.units):
+        whole, step = data.draw(st.booleans()), stream.chunk_rows(unit)
+        pins.append(extent.n_rows if whole else data.draw(st.integers(0, extent.n_rows // step)) * step)
+        stream.announce_pin(unit, pins[-1])
+    for unit in range(len(units)):
+        ring.use(unit)
+        if pins[unit]:
+            stream.pin_first(unit, pins[unit])
+    streamed = [unit for unit, pin in enumerate(pins) if pin < ring.units[unit].n_rows]
+    for _ in range(n_passes - 1):
+        for unit in streamed:
+            ring.use(unit, first=pins[unit])
+    passes = Counter((offset, length) for _, offset, length in ring.reader.log)
+    want = sum((Counter(ring.chunks(unit)) for unit in range(len(units))), Counter())
+    for unit in streamed:
+        for _ in range(n_passes - 1):
+            want += Counter(ring.chunks(unit, pins[unit]))
+    ahead = passes - want
+    assert not want - passes
+    assert sum(ahead.values()) == len(stream._pending) <= stream._n_buffers, f"read in vain: {ahead}"
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.booleans(), st.sets(st.integers(0, 60), max_size=15), st.data())
+def test_a_failed_read_is_raised_and_the_next_use_is_right(
+    file: Path, units: list[tuple[int, int, int]], sizes: dict[str, int], late: bool, bad: set[int], data: st.DataObject
+) -> None:
+    numbers = iter(range(1 << 30))
+    ring = Ring(file, units, reader=FakeReader(late, lambda read: next(numbers) in bad, strict=True), **sizes)
+    n_raised = 0
+    for unit in data.draw(st.lists(st.integers(0, len(units) - 1), min_size=3, max_size=12)):
+        try:
+            ring.use(unit)
+        except ReadError as error:
+            assert "injected" in str(error)
+            n_raised += 1
+    assert n_raised <= len(bad)
+    bad.clear()
+    for _ in range(sizes["n_buffers"] + 2):  # what was read ahead and failed is raised where it is used
+        try:
+            for unit in range(len(units)):
+                ring.use(unit)
+        except ReadError:
+            continue
+        break
+    else:
+        pytest.fail("a transient error never went away")
+    assert ring.is_whole()
+
+
+def test_a_reader_that_takes_nothing_costs_no_buffer(file: Path) -> None:
+    ring = Ring(file, [(20, 1000, 0)], 2000, 3, FakeReader())
+    ring.use(0)
+    for _ in range(5):
+        ring.stream.release()
+        ring.reader.closed = True
+        with pytest.raises(ReadError, match="closed"):
+            ring.use(0)
+        ring.reader.closed = False
+        ring.use(0)
+        assert ring.is_whole()
+
+
+def test_one_unit_inside_another(file: Path) -> None:
+    """A gradient's backward pass may enter the stream again from the thread that is in it."""
+    ring = Ring(file, [(20, 1000, 0), (15, 700, 100)], 2000, 2, FakeReader())
+    n_rows = 0
+    with ring.stream.unit(0) as chunks:
+        for start, stop, rows in chunks:
+            assert torch.equal(rows, ring.rows(0, start, stop))
+            ring.use(1)
+            assert torch.equal(rows, ring.rows(0, start, stop)), "the inner unit took the outer one's buffer"
+            n_rows += stop - start
+    assert n_rows == 20
+
+
+def test_released_memory_is_taken_again(file: Path) -> None:
+    ring = Ring(file, [(20, 1000, 0)], 2000, 3, FakeReader())
+    ring.use(0, n_chunks=2)
+    ring.stream.release()
+    assert not ring.stream._free
+    ring.use(0)
+    assert ring.is_whole()
+
+
+@pytest.mark.parametrize("make", [FakeReader, lambda: FakeReader(late=True, strict=True), lambda: ThreadReader(3)])
+def test_two_threads_share_a_ring(file: Path, make: Callable[[], Reader]) -> None:
+    ring = Ring(file, [(30, 1024, 512), (17, 999, 7), (5, 4096, 0)], 4096, 3, make())
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        try:
+            for _ in range(25):
+                ring.use(int(random.integers(3)), int(random.choice([1, 3, 1 << 30])))
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+    assert ring.is_whole()
+    ring.reader.close()
+
+
+def test_a_chunk_of_megabytes_is_read_in_parts_that_threads_share(tmp_path: Path) -> None:
+    noise = random_bytes((5 << 20,))
+    (tmp_path / "big").write_bytes(noise.numpy().tobytes())
+    reader, submitted = ThreadReader(4), []
+    stream = Stream(reader, 3 << 20, 2, FlashStats())
+    submit = reader.submit
+    reader.submit = lambda reads: submitted.append(len(reads)) or submit(reads)  # type: ignore[method-assign]
+    stream.add(Extent2D("big", reader.open(tmp_path / "big"), 700, 5000, 1000))
+    at = 0
+    with stream.unit(0) as chunks:
+        for start, stop, rows in chunks:
+            assert torch.equal(rows.flatten(), noise[700 + start * 1000 : 700 + stop * 1000])
+            at = stop
+    assert at == 5000
+    assert max(submitted) >= 3
+    stream.release()
+    reader.close()
+
+
+def test_a_unit_that_ends_the_file_needs_no_whole_block(tmp_path: Path) -> None:
+    noise = random_bytes((10_001,))
+    (tmp_path / "odd").write_bytes(noise.numpy().tobytes())
+    reader = ThreadReader(2)
+    stream = Stream(reader, 4000, 2, FlashStats())
+    stream.add(Extent2D("odd", reader.open(tmp_path / "odd"), 1, 10_000 // 16, 16))
+    with stream.unit(0) as chunks:
+        got = torch.cat([rows.flatten().clone() for _, _, rows in chunks])
+    assert torch.equal(got, noise[1:10_001])
+    stream.release()
+    reader.close()
+
+
+def test_reads_never_ask_for_more_than_the_file_must_have(file: Path) -> None:
+    seen: list[Read] = []
+    reader = FakeReader(fail=lambda read: bool(seen.append(read)))
+    Ring(file, [(7, 1111, 3)], 3000, 2, reader).use(0)
+    assert all(read.offset + read.need <= 3 + 7 * 1111 for read in seen)
