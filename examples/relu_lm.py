@@ -156,7 +156,7 @@ a share of zeros:
 
     {command}
 
-**Measured** on the weights as stored, on `{text}` ({held_out_tokens:,} tokens, never trained on):
+{note}**Measured** on the weights as stored, on `{text}` ({held_out_tokens:,} tokens, never trained on):
 perplexity **{perplexity:.2f}** per token, {bits_per_byte:.3f} bits per byte;
 **{zeros:.1%}** of FFN activations are exactly zero.
 
@@ -173,6 +173,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
         "license_line": f"license: {facts['license']}\n" if facts["license"] else "",
         "unfinished": "" if facts["finished"] else "**Unfinished: written in the middle of training.**\n\n",
         "data": facts["data_note"] or ", ".join(f"`{t['name']}`" for t in facts["train_text"]) + ":",
+        "note": facts["note"] + "\n\n" if facts.get("note") else "",
         "layers": "\n".join(f"| {i} | {z:.1%} |" for i, z in enumerate(held_out["zeros_per_layer"])),
         "held_out_tokens": held_out["tokens"],
     }

@@ -71,7 +71,7 @@ SHAPE = {  # what a checkpoint cannot be resumed without; the defaults are the m
     "seed": (0, "for the weights and the order of the rows"),
 }
 SCHEDULE = {
-    "tokens": (20e6, "tokens to train on"),
+    "tokens": (11e6, "tokens to train on"),
     "lr": (1e-3, "peak learning rate"),
     "warmup": (200, "steps of learning rate warmup"),
     "decay-from": (0.4, "share of the run after which the learning rate falls to zero"),
@@ -133,6 +133,16 @@ def train_tokenizer(texts: list[str], vocab: int, seq: int) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", model_max_length=seq, **names)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save under the class name that every transformers knows, without what loading it left behind."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write(path, lambda f: f.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode()))
+
+
 def batch_at(tokens: np.ndarray, step: int, args: argparse.Namespace) -> Tensor:
     """Give the rows of one step, [batch, 1 + seq].
 
@@ -166,7 +176,7 @@ def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, np.
     if len(tokens) < (need := args.seq * (args.batch + 1)):
         advice = "Add text, or lower --batch or --seq."
         sys.exit(f"{args.text[0]}: {len(tokens)} tokens, a step needs {need}. {advice}")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     write(args.work_dir / "tokens.npy", lambda f: np.save(f, tokens))
     write(saved, lambda f: f.write(json.dumps(run).encode()))
     return tokenizer, tokens
@@ -348,7 +358,7 @@ def export(trainer: Trainer) -> dict[str, Any]:
         model.to(torch.bfloat16).save_pretrained(folder)
         model.config.dtype = torch.float32  # stored in bf16, computed in float32
         model.config.save_pretrained(folder)
-        trainer.tokenizer.save_pretrained(folder)
+        save_tokenizer(trainer.tokenizer, folder)
         measure(folder, facts, trainer.args)
         for path in folder.iterdir():
             path.chmod(0o644)  # safetensors writes 0600

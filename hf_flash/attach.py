@@ -33,7 +33,7 @@ from hf_flash.linear import FlashEmbedding, FlashLinear
 from hf_flash.memory import trim_malloc
 from hf_flash.readers import open_reader
 from hf_flash.stats import FlashStats
-from hf_flash.store import DTYPES, Extent2D, FlashStore
+from hf_flash.store import DTYPES, Extent2D, FlashStore, layers_of
 from hf_flash.stream import Stream
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,7 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
     kinds = json.loads(read_header(gates_file).metadata.get(GATES_KEY, "{}")) if gates_file else {}
     out = {}
     for path in files.values():
-        for layer in json.loads(read_header(path).metadata.get("hf_flash.layers", "{}")).values():
+        for layer in layers_of(read_header(path)).values():
             layout = BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]])
             bits = kinds.get(layer["module"], {}).get("bits", 0)
             out[layer["module"]] = Geometry(layout, layer["n_neurons"], bits)

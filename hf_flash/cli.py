@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 import tempfile
 import time
@@ -234,6 +233,28 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
 
 
 @app.command(
+    rich_help_panel=_RUN, context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example:\n\nhf-flash serve ./opt-1.3b-flash --memory 2GiB --port 8000",
+)  # fmt: skip
+def serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[FOLDER]", show_default=False, help="Repacked; served alone.")
+    ] = None,
+    memory: Memory = None,
+) -> None:
+    """Start `transformers serve`, an OpenAI-compatible server, for models on flash.
+
+    Further options are its own: --host, --port and others; `transformers serve --help` lists them.
+    """
+    from hf_flash import quantizer
+    from hf_flash.serve import main as start
+
+    quantizer.register()
+    start([*([model] if model else []), *(["--memory", memory] if memory else []), *ctx.args])
+
+
+@app.command(
     rich_help_panel=_RUN, epilog="Examples:\n\nhf-flash demo\n\nhf-flash demo --keep ./relu-flash --memory 64MiB"
 )
 def demo(
@@ -361,18 +382,14 @@ def _report_run(
 
 def _report(figures: dict[str, Any], view: RenderableType, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(figures, indent=2, default=str))
+        print(json.dumps(figures, indent=2, default=str), flush=True)
     else:
-        out.print(view)
+        out.print(view, crop=False)
 
 
 def main() -> None:
     """Entry point of `hf-flash`."""
-    try:
-        app(prog_name="hf-flash")
-    except BrokenPipeError:  # `hf-flash inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    app(prog_name="hf-flash")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,11 @@ class Bias(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Bias:
+        self.weight = fn(self.weight)  # model.to(dtype)
+        super()._apply(fn, recurse)
+        return self
 
 
 class FlashFFN(nn.Module):
@@ -106,14 +111,21 @@ class FlashFFN(nn.Module):
         if self.trim_once:
             self.trim_once = False
             trim_malloc()
-        x = ops.autocast_input(x)
+        x = ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
         with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
-            if torch.is_grad_enabled() and x.requires_grad:
-                y: torch.Tensor = _FlashFunction.apply(x, self)
+            trained = self._trained() if torch.is_grad_enabled() else []
+            if torch.is_grad_enabled() and (x.requires_grad or trained):
+                y: torch.Tensor = _FlashFunction.apply(x, self, *trained)
             else:
                 with torch.no_grad():
                     y = self.engine.forward(x, self.own_activation, self.biases())
         return y + residual[0] if self.block.takes_residual and residual else y
+
+    def _trained(self) -> list[nn.Parameter]:
+        """Biases and parameters of the activation that want a gradient; the weights on flash are frozen."""
+        stub = self.__dict__.get("down_stub")
+        own = [*self.parameters(), *(stub.parameters() if stub is not None else ())]
+        return [p for p in own if p.requires_grad]
 
     def extra_repr(self) -> str:
         b = self.block
@@ -121,31 +133,42 @@ class FlashFFN(nn.Module):
 
 
 class _FlashFunction(torch.autograd.Function):
-    """The FFN as a function of its input; the backward pass reads the weights from flash again.
+    """The FFN as a function of its input and of what is trained in it; the backward pass reads the weights again.
 
     Nothing of the weights is saved between the passes: slots and ring buffers will hold other rows by then.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: FlashFFN) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: FlashFFN, *trained: nn.Parameter) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module = module
+        ctx.module, ctx.trained = module, trained
         assert module.engine is not None
-        return module.engine.forward(x, module.own_activation, module.biases())
+        y = module.engine.forward(x, module.own_activation, module.biases())
+        return y.clone() if y._is_view() else y  # Falcon adds in place, which autograd forbids on a view from here
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         module: FlashFFN = ctx.module
         assert module.engine is not None
-        biases = module.biases()
-        out = torch.zeros_like(x, dtype=torch.float32)
-        with module.engine.pieces(x, biases) as pieces, torch.enable_grad():
+        sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, *ctx.trained)]
+
+        def add(y: torch.Tensor, leaf: torch.Tensor) -> None:
+            parts = torch.autograd.grad(y, (leaf, *ctx.trained), grad, allow_unused=True)
+            for total, part in zip(sums, parts, strict=True):
+                if part is not None:
+                    total += part
+
+        with module.engine.pieces(x, module.biases()) as pieces, torch.enable_grad():
             for neurons, gate, up, down in pieces:
-                leaf = x.detach().requires_grad_()
-                y = ops.project(ops.hidden(leaf, up, module.own_activation, gate, *biases.part(neurons)), down)
-                out += torch.autograd.grad(y, leaf, grad)[0]
-        return out.to(x.dtype), None
+                leaf, biases = x.detach().requires_grad_(), module.biases()
+                h = ops.hidden(leaf, up, module.own_activation, gate, *biases.part(neurons))
+                add(ops.project(h, down), leaf)
+            down_bias = module.biases().down
+            if down_bias is not None and down_bias.requires_grad:
+                add(down_bias.to(grad.dtype).expand_as(grad), x.detach().requires_grad_())
+        dx, *rest = (total.to(t.dtype) for total, t in zip(sums, (x, *ctx.trained), strict=True))
+        return dx, None, *rest
 
 
 def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:

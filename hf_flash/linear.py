@@ -6,6 +6,7 @@ only under caps that leave no choice (each streamed byte is read again for every
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,18 @@ from hf_flash.store import Extent2D
 from hf_flash.stream import Stream
 
 
-class FlashLinear(nn.Module):
+class _OnFlash(nn.Module):
+    """A module whose weight is on flash: `weight` has no numbers, but a dtype and a device to ask for."""
+
+    weight: torch.Tensor
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _OnFlash:
+        self.weight = fn(self.weight)  # model.to(dtype)
+        super()._apply(fn, recurse)
+        return self
+
+
+class FlashLinear(_OnFlash):
     """A Linear whose weight is streamed from flash at every call.
 
     Args:
@@ -44,8 +56,9 @@ class FlashLinear(nn.Module):
         """[..., in_features] -> [..., out_features], as nn.Linear."""
         assert self._stream is not None
         x = autocast_input(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            y: torch.Tensor = _LinearFunction.apply(x, self)
+        bias = self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            y: torch.Tensor = _LinearFunction.apply(x, self, bias)
             return y
         return self.compute(x)
 
@@ -64,22 +77,23 @@ class FlashLinear(nn.Module):
 
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: FlashLinear) -> torch.Tensor:
-        ctx.module = module
+    def forward(ctx: Any, x: torch.Tensor, module: FlashLinear, bias: nn.Parameter | None) -> torch.Tensor:
+        ctx.module, ctx.bias = module, bias
         return module.compute(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         module: FlashLinear = ctx.module
         assert module._stream is not None
         out = torch.zeros(*grad.shape[:-1], module.in_features, dtype=torch.float32)
         with module._stream.unit(module._unit) as chunks:
             for start, stop, rows in chunks:
                 out += (grad[..., start:stop] @ rows.view(module._dtype).to(grad.dtype)).float()
-        return out.to(grad.dtype), None
+        summed = None if ctx.bias is None else grad.flatten(0, -2).sum(0).to(ctx.bias.dtype)
+        return out.to(grad.dtype), None, summed
 
 
-class FlashEmbedding(nn.Module):
+class FlashEmbedding(_OnFlash):
     """An Embedding whose rows are read from flash as tokens ask for them.
 
     Args:
@@ -92,7 +106,6 @@ class FlashEmbedding(nn.Module):
         self.padding_idx = stock.padding_idx
         self.weight = _no_weight(stock.weight.dtype)
         scale = getattr(stock, "embed_scale", None)  # some families subclass nn.Embedding to scale its output
-        self.out_dtype = stock.weight.dtype
         assert scale is None and type(stock) is nn.Embedding
         self._reader: Reader | None = None
 
@@ -120,7 +133,7 @@ class FlashEmbedding(nn.Module):
             ]
         )
         self._stats.add(bytes_read=len(ids) * size, n_reads=len(ids))
-        rows = out.view(self._dtype)[inverse].to(self.out_dtype)
+        rows = out.view(self._dtype)[inverse].to(self.weight.dtype)
         return rows.view(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:

@@ -162,7 +162,7 @@ def verify_view(report: VerifyReport) -> RenderableType:
         verdict = "[red]damaged[/]" if file.problems else "[green]whole[/]" if file.checked else "header only"
         table.add_row(Text(file.name), file.role, format_size(file.n_bytes), verdict)
     lines = [_line(f"note: {note}") for note in report.notes]
-    lines += [Text(f"problem: {problem}", style="red", overflow="fold") for problem in report.problems]
+    lines += [Text(f"problem: {problem}", style="red", no_wrap=True, overflow="ignore") for problem in report.problems]
     rate = f"{format_size(report.n_bytes)} in {report.seconds:.1f} s"
     n = len(report.problems)
     verdict = "every byte is as it was written" if report.ok else f"{n} problem{'s' if n > 1 else ''}"

@@ -79,7 +79,7 @@ class FlashStore:
         for file_name, path in self.files.items():
             header = read_header(path)
             _spot_check(header)
-            for name, geometry in _layers_of(header).items():
+            for name, geometry in layers_of(header).items():
                 layer = self._layer(header.entries[name], geometry, file_name)
                 self.layers[layer.path] = layer
 
@@ -92,13 +92,7 @@ class FlashStore:
         layout = BundleLayout(
             geometry["d_model"], geometry["d_out"], geometry["gated"], DTYPES[geometry["dtype"]]
         )
-        n_rows, row_bytes = entry.shape
-        if row_bytes != layout.row_bytes or n_rows != geometry["n_neurons"]:
-            raise CheckpointError(
-                f"{entry.path}: tensor {entry.name} is {list(entry.shape)}, its geometry says "
-                f"[{geometry['n_neurons']}, {layout.row_bytes}]. Repack the checkpoint."
-            )
-        rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, n_rows, row_bytes)
+        rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, *entry.shape)
         return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name)
 
     def submit_rows(
@@ -181,11 +175,26 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
     os.replace(partial, folder / INDEX_NAME)
 
 
-def _layers_of(header: TensorFile) -> dict[str, dict[str, Any]]:
+def layers_of(header: TensorFile) -> dict[str, dict[str, Any]]:
+    """What a flash file says of its layers, by tensor name: index, module, n_neurons, d_model, d_out, gated, dtype.
+
+    Raises:
+        CheckpointError: it says nothing, or nothing that can be.
+    """
     raw = header.metadata.get(LAYERS_KEY)
     if raw is None:
         raise CheckpointError(f"{header.path} holds no bundles (no {LAYERS_KEY} in its header). Repack the checkpoint.")
-    layers: dict[str, dict[str, Any]] = json.loads(raw)
+    try:
+        layers: dict[str, dict[str, Any]] = json.loads(raw)
+        for name, layer in layers.items():
+            layout = BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]])
+            shape = (layer["n_neurons"], layout.row_bytes)
+            if header.entries[name].shape != shape or not {"index", "module"} <= set(layer):
+                raise ValueError(f"{name} is {list(header.entries[name].shape)}, expected {list(shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{header.path}: {LAYERS_KEY} in its header does not fit its tensors ({error!r}). Repack the checkpoint."
+        ) from error
     return layers
 
 

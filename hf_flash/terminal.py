@@ -37,6 +37,9 @@ class Commands(TyperGroup):
             again = "; run the same command again to go on" if ctx.invoked_subcommand == "repack" else ""
             err.print(f"\ninterrupted{again}", style="yellow", highlight=False)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # `hf-flash inspect ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise typer.Exit(141) from None
         except FlashError as error:
             fail(str(error))
         except OSError as error:

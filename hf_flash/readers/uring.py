@@ -40,6 +40,7 @@ class UringReader(ThreadReader):
         if not self._ring:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._lib = lib
+        self._live: dict[int, _UringTicket] = {}  # submitted and not yet known to have landed
         super().__init__(n_threads)
 
     def submit(self, reads: list[Read]) -> Ticket:
@@ -59,11 +60,12 @@ class UringReader(ThreadReader):
         addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
         lengths = np.array([len(array) for array in arrays], np.int64)
         need = np.array([read.need or sum(map(len, read.buffers)) for read in reads], np.int64)
-        batch = self._lib.hf_flash_ring_submit(
+        ticket = self._ticket(arrays)
+        ticket.batch = self._lib.hf_flash_ring_submit(
             self._ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
             addresses.ctypes.data, lengths.ctypes.data,
         )  # fmt: skip
-        return _UringTicket(self, batch, arrays)
+        return ticket
 
     def submit_rows(
         self, file: int, start: int, row_bytes: int, rows: IntArray, targets: memoryview, slots: IntArray,
@@ -77,20 +79,34 @@ class UringReader(ThreadReader):
             self._check_open()
         rows, slots = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(slots, np.int64)
         n_bytes, n_reads = ctypes.c_int64(), ctypes.c_int64()
-        batch = self._lib.hf_flash_ring_submit_rows(
+        ticket = self._ticket([base, junk])
+        ticket.batch = self._lib.hf_flash_ring_submit_rows(
             self._ring, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
             slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
             ctypes.byref(n_reads),
         )  # fmt: skip
-        return _UringTicket(self, batch, [base, junk]), n_bytes.value, n_reads.value
+        return ticket, n_bytes.value, n_reads.value
+
+    def _ticket(self, arrays: list[np.ndarray]) -> _UringTicket:
+        """A ticket that this reader knows before the kernel does.
+
+        Whatever happens to the caller (Ctrl-C between two lines), the memory that is read into lives until it is filled.
+        """
+        for old in list(self._live.values()) if len(self._live) > DEPTH else ():
+            if old.batch is not None and old.ready():
+                old.settle()
+        ticket = _UringTicket(self, arrays)
+        self._live[id(ticket)] = ticket
+        return ticket
 
     def close(self) -> None:
         super().close()
         if self._ring:
             self._lib.hf_flash_ring_close(self._ring)
             self._ring = None
+        self._live = {}
 
-    def error_of(self, batch: int) -> ReadError:
+    def error_of(self, batch: int | None) -> ReadError:
         """What went wrong with a batch, naming file and offset."""
         out = np.zeros(5, np.int64)
         self._lib.hf_flash_batch_error(batch, out.ctypes.data)
@@ -104,23 +120,24 @@ class UringReader(ThreadReader):
 class _UringTicket(Ticket):
     """A batch in the ring; keeps the memory that it reads into alive until it has landed."""
 
-    def __init__(self, reader: UringReader, batch: int, arrays: list[np.ndarray]) -> None:
+    def __init__(self, reader: UringReader, arrays: list[np.ndarray]) -> None:
         super().__init__(0)
-        self._reader, self._batch, self._arrays = reader, batch, arrays
-        self._done = False
+        self._reader, self._arrays = reader, arrays
+        self.batch: int | None = None
+        self._landed = False
 
     def ready(self) -> bool:
-        return self._done or bool(self._reader._lib.hf_flash_batch_ready(self._reader._ring, self._batch))
+        reader = self._reader
+        return self._landed or bool(reader._lib.hf_flash_batch_ready(reader._ring, self.batch))
 
     def settle(self) -> None:
-        if self._done:
-            return
-        result = 2
-        while result == 2:  # a signal: its handler runs between the calls, and may raise
-            result = self._reader._lib.hf_flash_batch_wait(self._reader._ring, self._batch)
-        self._done = True
-        if result:
-            self.error = self._reader.error_of(self._batch)
+        reader, result = self._reader, 2
+        while not self._landed:
+            result = reader._lib.hf_flash_batch_wait(reader._ring, self.batch)
+            if result != 2:  # 2: a signal; its handler runs between the calls, and may raise
+                self.error = reader.error_of(self.batch) if result else None
+                self._landed = True
+        reader._live.pop(id(self), None)
         self._arrays = []
 
     def wait(self) -> None:
@@ -128,6 +145,5 @@ class _UringTicket(Ticket):
         super().wait()
 
     def __del__(self) -> None:
-        if self._reader._ring:
-            self.settle()
-        self._reader._lib.hf_flash_batch_free(self._batch)
+        if self.batch is not None:
+            self._reader._lib.hf_flash_batch_free(self.batch)
