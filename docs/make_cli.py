@@ -28,7 +28,7 @@ def page() -> str:
     for name, command in group.commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        usage = " ".join(["hf-flash", name, *(str(p.metavar or p.name.upper()) for p in arguments), "[OPTIONS]"])
+        usage = " ".join(["hf-flash", name, *map(_argument, arguments), "[OPTIONS]"])
         parts.append(f"\n## hf-flash {name}\n\n```\n{usage}\n```\n\n{_text(command.help)}\n")
         parts.append("\n| | |\n| --- | --- |\n")
         parts += [f"| `{p.metavar or p.name.upper()}` | {p.help} |\n" for p in arguments]
@@ -37,6 +37,11 @@ def page() -> str:
         if lines:
             parts.append("\n```bash\n" + "\n".join(lines) + "\n```\n")
     return "".join(parts)
+
+
+def _argument(argument: Any) -> str:
+    name = str(argument.metavar or argument.name.upper())
+    return name if argument.required else f"[{name}]"
 
 
 def _text(text: str | None) -> str:

@@ -239,7 +239,8 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
 def serve(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[FOLDER]", show_default=False, help="Repacked; served alone.")
+        str | None,
+        typer.Argument(metavar="FOLDER", show_default=False, help="A repacked one, or a Hub repo; served alone."),
     ] = None,
     memory: Memory = None,
 ) -> None:

@@ -249,14 +249,15 @@ class SparseEngine(Engine):
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, recent = self._wanted(flat, biases)
         t1 = time.perf_counter()
-        code = native.activation_code(act) if native.available() and flat.shape[0] <= native.MAX_TOKENS else None
+        few = native.available() and flat.shape[0] <= native.MAX_TOKENS
+        code = native.activation_code(act, flat.dtype) if few else None
         if code is not None and self.cache.fits(neurons):
             y, n_fired = self._few_tokens(flat, code, biases, neurons)
         else:
             y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _few_tokens(
         self, flat: torch.Tensor, code: tuple[int, float], biases: Biases, neurons: IntArray
@@ -278,6 +279,7 @@ class SparseEngine(Engine):
     ) -> tuple[torch.Tensor, int]:
         """Matrix products on gathered rows, batch by batch."""
         y: torch.Tensor | None = None
+        wide = torch.promote_types(flat.dtype, torch.float32)  # what parts are summed in
         fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
         with self._batches(neurons, recent, flat.shape[0]) as batches:
@@ -287,10 +289,10 @@ class SparseEngine(Engine):
                 if alone:  # one product, rounded once, as in the dense block
                     y = ops.project(h, down, biases.down)
                 else:
-                    part = ops.project(h.float(), down)
+                    part = ops.project(h.to(wide), down)
                     y = part if y is None else y.add_(part)
         if y is None or not alone:
-            y = torch.zeros(flat.shape[0], self.layer.layout.d_out) if y is None else y
+            y = torch.zeros(flat.shape[0], self.layer.layout.d_out, dtype=wide) if y is None else y
             y = (y if biases.down is None else y + biases.down).to(flat.dtype)
         return y, int(fired.sum())
 

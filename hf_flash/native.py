@@ -81,15 +81,17 @@ def available() -> bool:
     return _lib is not None
 
 
-def activation_code(act: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, float] | None:
-    """Number and threshold of an activation that the kernels know; None for others."""
+def activation_code(
+    act: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[int, float] | None:
+    """Number and threshold of an activation that the kernels know, in a dtype that they do; None for others."""
     threshold = zero_below(act)
-    if threshold is None:
+    if threshold is None or dtype not in _CODES:
         return None
     if isinstance(act, ReLUSquaredActivation):
         return 1, 0.0
     if type(act).__name__ == "FATReLU":
-        return 2, threshold
+        return 2, torch.tensor(threshold, dtype=dtype).item()  # torch compares in the tensor's dtype
     if isinstance(act, torch.nn.ReLU6) or act is torch.nn.functional.relu6:
         return 3, 0.0
     return 0, 0.0
@@ -118,8 +120,8 @@ def sparse_ffn(
     """
     assert _lib is not None and rows.dtype == torch.uint8 and slots.dtype == torch.int64 and rows.stride(1) == 1
     x32 = x.float().contiguous()
-    out = torch.zeros(x.shape[0], d_out)
-    biases = [None if b is None else b.float().contiguous() for b in (gate_bias, up_bias)]
+    out = torch.zeros(x.shape[0], d_out, dtype=torch.float32, device="cpu")
+    biases = [None if b is None else b.to(x.dtype).float().contiguous() for b in (gate_bias, up_bias)]
     fired = _lib.hf_flash_sparse_ffn(
         x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
         len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), _CODES[weight_dtype], _CODES[x.dtype],
@@ -150,7 +152,7 @@ def gate_scan(
     assert _lib is not None and x.is_contiguous() and squares.is_contiguous() and size.is_contiguous()
     n, groups = sketch.step.shape
     norms = squares.sqrt()
-    wanted, recent = torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.bool)
+    wanted, recent = torch.empty(2, n, dtype=torch.bool, device="cpu")
     _lib.hf_flash_gate_scan(
         x.data_ptr(), squares.data_ptr(), norms.data_ptr(), size.data_ptr(), x.shape[0], groups, n,
         sketch.codes.data_ptr(), sketch.step.data_ptr(), sketch.error.data_ptr(), slack.data_ptr(), _pointer(bias),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 import weakref
@@ -43,7 +44,9 @@ def patch(
         raise FlashError("This model runs from flash already; load it again to change its cap.")
     if getattr(model, "is_quantized", False):
         raise FlashConfigError("This model is quantized by another backend. Patch one that was loaded without it.")
-    config = config or FlashConfig(memory=memory, **kwargs)
+    if config is not None and kwargs:
+        raise FlashConfigError(f"Pass {', '.join(kwargs)} to FlashConfig, or no config: patch takes one or the other.")
+    config = FlashConfig(memory=memory, **kwargs) if config is None else copy.copy(config)
     if memory is not None:
         config.memory = parse_size(memory)
     source = LoadedSource.of(model)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_flash import card
 from hf_flash.attach import FlashRuntime
 from hf_flash.config import QUANT_METHOD
-from hf_flash.errors import FlashError
+from hf_flash.errors import CheckpointError, FlashError
 from hf_flash.format import SOURCE_KEY, read_header
 from hf_flash.store import DTYPE_NAMES, GATES_NAME, write_index
 
@@ -92,6 +92,13 @@ def write_flash_side(model: PreTrainedModel, folder: Path) -> None:
     """Put the flash files into a folder: hard links where the file system allows, copies elsewhere."""
     runtime = runtime_of(model)
     assert runtime.store is not None
+    streamed = [runtime.located.by_param[f"{path}.weight"].path for path in runtime.plan.streamed if runtime.located]
+    gone = [path for path in (*runtime.files.values(), runtime.gates_file, *streamed) if path and not path.is_file()]
+    if gone:
+        raise CheckpointError(
+            f"{gone[0]} is gone. This model runs on from the file that it has open, but cannot be saved without it: "
+            "put the file back, or repack the model and load that."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in runtime.files.items():
         _link(path, folder / name)

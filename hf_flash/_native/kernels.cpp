@@ -57,7 +57,7 @@ INLINE float round_bf16(float v) {  // to nearest, ties to even; NaN stays NaN
 INLINE float round_f16(float v) {  // to nearest, ties to even; overflow to infinity as the dense model has it
   const float a = std::fabs(v);
   if (!(a < 65520.0f)) return a != a ? v : std::copysign(INFINITY, v);
-  if (a < 0x1p-14f) return std::copysign((a + 0.5f) - 0.5f, v);  // subnormal: multiples of 2^-24
+  if (a < 0x1p-14f) return std::copysign(std::rint(a * 0x1p24f) * 0x1p-24f, v);  // subnormal: multiples of 2^-24
   uint32_t bits;
   std::memcpy(&bits, &v, 4);
   bits = (bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u;
@@ -86,10 +86,10 @@ struct Ffn {
 
 INLINE float activate(float z, int act, float threshold) {
   switch (act) {
-    case RELU_SQUARED: { float r = z > 0 ? z : 0; return r * r; }
-    case FATRELU: return z > threshold ? z : 0;
-    case RELU6: { float r = z > 0 ? z : 0; return r < 6 ? r : 6; }
-    default: return z > 0 ? z : 0;
+    case RELU_SQUARED: { float r = z <= 0 ? 0 : z; return r * r; }  // NaN stays NaN, as in torch
+    case FATRELU: return z > threshold ? z : 0;                     // but not here
+    case RELU6: { float r = z <= 0 ? 0 : z; return r >= 6 ? 6 : r; }
+    default: return z <= 0 ? 0 : z;
   }
 }
 

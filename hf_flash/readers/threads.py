@@ -8,6 +8,7 @@ O_DIRECT (tmpfs, some network mounts), reads are buffered and their pages droppe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -103,9 +104,18 @@ class ThreadReader(Reader):
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=True)
-        for file in self._files:
+        self._close_files()
+
+    def _close_files(self) -> None:
+        files, self._files, self._by_path = self._files, [], {}
+        for file in files:
             os.close(file.fd)
-        self._files, self._by_path = [], {}
+
+    def __del__(self) -> None:
+        """The model is gone. Nothing is in flight, for that would hold this reader; this may be one of its threads."""
+        with contextlib.suppress(Exception):  # half made, or at the interpreter's end
+            self._pool.shutdown(wait=False)
+            self._close_files()
 
     def _check_open(self) -> None:
         if self._closed:

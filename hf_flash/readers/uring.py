@@ -1,11 +1,12 @@
 """io_uring reads: a whole plan in one system call, no Python per read.
 
-What the ring cannot take (reads that are not aligned for direct access, buffered files) goes to the pool of threads that
-this reader is built on. The bytes are the same either way.
+What the ring cannot take (reads that are not aligned for direct access, buffered files) goes to the pool of threads
+that this reader is built on. The bytes are the same either way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -90,7 +91,7 @@ class UringReader(ThreadReader):
     def _ticket(self, arrays: list[np.ndarray]) -> _UringTicket:
         """A ticket that this reader knows before the kernel does.
 
-        Whatever happens to the caller (Ctrl-C between two lines), the memory that is read into lives until it is filled.
+        Whatever happens to the caller (Ctrl-C between two lines), the memory that is read into lives until it is full.
         """
         for old in list(self._live.values()) if len(self._live) > DEPTH else ():
             if old.batch is not None and old.ready():
@@ -100,11 +101,22 @@ class UringReader(ThreadReader):
         return ticket
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._close_ring()
         super().close()
-        if self._ring:
-            self._lib.hf_flash_ring_close(self._ring)
-            self._ring = None
+
+    def _close_ring(self) -> None:
+        """Wait for what is in flight; files are closed and memory is freed only after that."""
+        ring, self._ring = self._ring, None
+        if ring:
+            self._lib.hf_flash_ring_close(ring)
         self._live = {}
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half made, or at the interpreter's end
+            self._close_ring()
+        super().__del__()
 
     def error_of(self, batch: int | None) -> ReadError:
         """What went wrong with a batch, naming file and offset."""
@@ -145,5 +157,9 @@ class _UringTicket(Ticket):
         super().wait()
 
     def __del__(self) -> None:
+        """The model is gone, or this has landed; the kernel may still know a batch of a model that is gone."""
         if self.batch is not None:
+            with contextlib.suppress(Exception):
+                if self._reader._ring:
+                    self.settle()
             self._reader._lib.hf_flash_batch_free(self.batch)

@@ -1,0 +1,178 @@
+"""Plans add up, pin whole chunks, read less the more memory there is, and are refused with the smallest cap."""
+
+import dataclasses
+import re
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given, settings
+
+from hf_flash.budget import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, smallest_cap
+from hf_flash.budget import _divide as divide
+from hf_flash.errors import FlashConfigError, MemoryCapError
+
+MIB = 1 << 20
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> list[Layer]:
+    """FFNs of one model: one geometry or two, gated by a sketch or not."""
+    kinds = [
+        (draw(st.integers(1, 6000)), 512 * draw(st.integers(1, 80)), draw(st.booleans()))
+        for _ in range(draw(st.integers(1, 2)))
+    ]
+    out = []
+    for i in range(draw(st.integers(1, 12))):
+        n, row, certified = kinds[i % len(kinds)]
+        matrix = n * (row - draw(st.integers(0, 511)) // 2 * 2)
+        sketch, scratch = (n * row // 4, n * 1536 + 500_000) if certified else (0, 0)
+        out.append(Layer(f"layers.{i}.mlp", n, row, matrix, matrix // 3, sketch, scratch))
+    return out
+
+
+@st.composite
+def demands(draw: st.DrawFn, wider: tuple[int, ...] = (1, 2)) -> Demand:
+    """`wider` 2: matrices are stored in half precision and computed in single."""
+    width, wider = 2 * draw(st.integers(16, 8000)), draw(st.sampled_from(wider))
+    matrices = [
+        Matrix(f"matrix{i}", wider * n * width, i == 0 and draw(st.booleans()), width, n * width)
+        for i, n in enumerate(draw(st.lists(st.integers(1, 3000), max_size=8)))
+    ]
+    return Demand(
+        draw(st.integers(0, 50 * MIB)), matrices, draw(layers()), draw(st.integers(0, 50 * MIB)),
+        draw(st.integers(0, 50 * MIB)), draw(st.integers(0, 10 * MIB)), 128, 128, 1,
+    )  # fmt: skip
+
+
+def most(demand: Demand) -> int:
+    """A cap under which nothing is left on flash."""
+    everything = sum(m.n_bytes for m in demand.matrices) + sum(x.n_neurons * x.row_bytes for x in demand.layers)
+    return 2 * smallest_cap(demand) + everything + 256 * MIB
+
+
+def check(demand: Demand, plan: Plan, memory: int) -> None:
+    assert plan.total_bytes == sum(plan.parts.values()) <= memory == plan.memory
+    assert all(size >= 0 for size in plan.parts.values())
+    assert MIN_CHUNK_BYTES <= plan.chunk_bytes <= MAX_CHUNK_BYTES
+    held = read = 0
+    for layer in demand.layers:
+        certified = plan.gates[layer.path] == "certified"
+        assert certified == bool(layer.sketch_bytes)
+        if certified:
+            assert 0 <= plan.slots[layer.path] <= layer.n_neurons
+            held += plan.slots[layer.path] * layer.row_bytes
+            continue
+        rows, step = plan.pinned_rows[layer.path], min(layer.n_neurons, max(1, plan.chunk_bytes // layer.row_bytes))
+        assert 0 <= rows <= layer.n_neurons
+        assert rows == layer.n_neurons or rows % step == 0, "pinned rows are whole chunks"
+        held += layer.matrix_bytes if rows == layer.n_neurons else rows * layer.row_bytes
+        read += (layer.n_neurons - rows) * layer.row_bytes
+    assert plan.parts["FFN cache"] == held
+    streamed = [m for m in demand.matrices if m.path in plan.streamed]
+    assert len(streamed) == len(plan.streamed) == len(set(plan.streamed))
+    assert plan.bytes_per_token == read + sum(m.row_bytes if m.lookup else m.flash_bytes for m in streamed)
+    resident = sum(m.n_bytes for m in demand.matrices if m.path not in plan.streamed)
+    assert plan.parts["resident matrices"] == resident
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands(), st.floats(0, 1))
+def test_a_plan_adds_up(demand: Demand, share: float) -> None:
+    low, high = smallest_cap(demand), most(demand)
+    memory = int(low + share * (high - low))
+    check(demand, make_plan(demand, memory), memory)
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands())
+def test_the_smallest_cap_works_and_a_step_less_does_not(demand: Demand) -> None:
+    cap = smallest_cap(demand)
+    check(demand, make_plan(demand, cap), cap)
+    assert cap % MIB == 0
+    with pytest.raises(MemoryCapError, match=f"pass memory={cap}"):
+        make_plan(demand, cap - MIB - (64 << 10))
+
+
+@settings(max_examples=50, deadline=None)
+@given(demands())
+def test_with_enough_memory_nothing_is_read(demand: Demand) -> None:
+    plan = make_plan(demand, most(demand))
+    assert plan.bytes_per_token == 0
+    assert plan.streamed == []
+    assert all(plan.slots[layer.path] == layer.n_neurons for layer in demand.layers if layer.sketch_bytes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands((1,)), st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted), st.sampled_from([1, 3, 16]))
+def test_more_memory_never_reads_more_with_chunks_of_one_size(
+    demand: Demand, shares: list[float], n_chunks: int
+) -> None:
+    low, high = smallest_cap(demand), most(demand)
+    less, more = (divide(demand, int(low + share * (high - low)), n_chunks * MIN_CHUNK_BYTES) for share in shares)
+    assume(less is not None)
+    assert more is not None
+    assert more.bytes_per_token <= less.bytes_per_token
+    if more.streamed == less.streamed:
+        assert all(more.slots[path] >= n for path, n in less.slots.items())
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands((1,)), st.floats(0, 1))
+def test_an_eighth_more_memory_never_reads_more(demand: Demand, share: float) -> None:
+    """Larger chunks come with larger caps; the ring that they make larger must not eat up what was added.
+
+    Not so where matrices are wider in DRAM than on flash: they become resident first, though pinning the same bytes of
+    FFN rows would save more reads.
+    """
+    low, high = smallest_cap(demand), most(demand)
+    memory = int(low + share * (high - low))
+    less, more = make_plan(demand, memory), make_plan(demand, memory + memory // 8)
+    assert more.bytes_per_token <= less.bytes_per_token
+    if more.streamed == less.streamed:
+        assert all(more.slots[path] >= n for path, n in less.slots.items())
+
+
+DEMAND = Demand(
+    10 * MIB, [Matrix("embed", 30 * MIB, True, 4096, 30 * MIB), Matrix("q", 8 * MIB, False, 4096, 8 * MIB)],
+    [Layer(f"layers.{i}.mlp", 1000, 12288, 12288000, 4096000, 0) for i in range(4)], 5 * MIB, 2 * MIB,
+)  # fmt: skip
+
+
+def test_an_embedding_goes_to_flash_before_any_matrix() -> None:
+    plans = [make_plan(DEMAND, memory) for memory in range(smallest_cap(DEMAND), most(DEMAND), MIB)]
+    seen = list(dict.fromkeys(tuple(plan.streamed) for plan in plans))
+    assert seen == [("q", "embed"), ("embed",), ()]
+
+
+def test_pinned_layers_are_spread_over_the_depth() -> None:
+    ten = dataclasses.replace(DEMAND, layers=[dataclasses.replace(DEMAND.layers[0], path=str(i)) for i in range(10)])
+    least = smallest_cap(ten) + 8 * MIB  # q is resident, no FFN is
+    plan = make_plan(ten, least + 5 * 12288000 + 2 * MIB)
+    whole = [int(path) for path, n in plan.pinned_rows.items() if n == 1000]
+    assert len(whole) >= 4
+    assert max(b - a for a, b in zip([-1, *whole], [*whole, 10], strict=True)) <= 3, whole
+
+
+@pytest.mark.parametrize("memory", [1, MIB, 20 * MIB])
+def test_a_refusal_says_what_would_do(memory: int) -> None:
+    with pytest.raises(MemoryCapError) as caught:
+        make_plan(DEMAND, memory)
+    assert isinstance(caught.value, ValueError)
+    assert not isinstance(caught.value, FlashConfigError)
+    (smallest,) = map(int, re.findall(r"pass memory=(\d+)\.", str(caught.value)))
+    assert smallest == smallest_cap(DEMAND)
+    make_plan(DEMAND, smallest)
+    assert "hf-flash plan" in str(caught.value)
+    assert "shorter context" not in str(caught.value)
+
+
+def test_a_refusal_because_of_the_context_says_so() -> None:
+    with pytest.raises(MemoryCapError, match=r"A shorter context needs less: 4096 tokens take .* pass context=256"):
+        make_plan(dataclasses.replace(DEMAND, kv_bytes=500 * MIB, context=4096), 100 * MIB)
+
+
+def test_a_plan_is_ready_for_json() -> None:
+    import json
+
+    plan = make_plan(DEMAND, most(DEMAND))
+    assert json.loads(json.dumps(plan.to_dict()))["total_bytes"] == plan.total_bytes
