@@ -97,7 +97,9 @@ def match_geometry(blocks: list[FFNBlock], geometry: Mapping[str, Geometry], whe
     for block in blocks:
         found = geometry.get(block.path)
         want = (block.d_model, block.d_out, block.gate is not None, block.d_ffn)
-        have = None if found is None else (found.layout.d_model, found.layout.d_out, found.layout.gated, found.n_neurons)
+        have = (
+            None if found is None else (found.layout.d_model, found.layout.d_out, found.layout.gated, found.n_neurons)
+        )
         if have != want:
             what = "no bundles" if have is None else f"bundles of another shape ({have}, expected {want})"
             raise CheckpointError(
@@ -150,9 +152,9 @@ def demand_of(
     ffn_keys = {part.key for b in blocks for part in (b.gate, b.up, b.down) if part is not None}
     matrices = _matrices(model, ffn_keys, located)
     elsewhere = ffn_keys | {f"{m.path}.weight" for m in matrices} | set(model.all_tied_weights_keys)
-    fixed = sum(
-        p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in elsewhere
-    ) + sum(b.numel() * b.element_size() for b in model.buffers())
+    fixed = sum(p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in elsewhere) + sum(
+        b.numel() * b.element_size() for b in model.buffers()
+    )
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
     context = config.context or min(DEFAULT_CONTEXT, limit if limit > 0 else DEFAULT_CONTEXT)  # XLNet: -1
@@ -183,7 +185,7 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
     certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
     if can and config.gate == "auto" and not certified:
         logger.warning_once(
-            f"The checkpoint has no sketch for {block.path}, though its activation would allow the certified gate: every "
+            f"The checkpoint has no sketch for {block.path}, though its activation allows the certified gate: every "
             "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
         )
     scratch = GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8
@@ -236,7 +238,7 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
         blocks: what find_blocks found in it.
         runtime: holds the plan; becomes reachable as `model._hf_flash`.
     """
-    state = {name: p for name, p in model.named_parameters()}
+    state = dict(model.named_parameters())
     patterns = []
     kept = model._get_dtype_plan(model.dtype)
     for block in blocks:

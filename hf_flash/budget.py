@@ -16,7 +16,8 @@ from hf_flash.layout import format_size, round_up
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 N_BUFFERS = 4
-RUNTIME_BYTES = 18 << 20  # modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md
+# Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
+RUNTIME_BYTES = 18 << 20
 
 
 @dataclasses.dataclass(frozen=True)

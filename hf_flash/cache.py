@@ -97,9 +97,7 @@ class NeuronCache:
             wanted = neurons[missing]
             self._slot_of[wanted] = free
             self._neuron_of[free] = wanted
-            ticket, n_bytes, n_reads = self._store.submit_rows(
-                self.layer, wanted, self.rows, free, self.max_gap_rows
-            )
+            ticket, n_bytes, n_reads = self._store.submit_rows(self.layer, wanted, self.rows, free, self.max_gap_rows)
             self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
         self.window.use(slots)
         n_hit = len(neurons) - len(missing)

@@ -34,8 +34,8 @@ class FlashConfig(QuantizationConfigMixin):
             ("4GiB"). Counted: resident weights, sketches, cached neurons, buffers, KV cache for `context` tokens,
             activations. Default: the environment's `HF_FLASH_MEMORY`; without either, three quarters of the memory
             that is available (cgroup limits are respected).
-        gate (`str`, defaults to `"auto"`): `"all"` reads every neuron, exact for any activation; `"certified"` reads every
-            neuron that cannot be proved silent, exact for activations that are zero below zero; `"auto"` takes
+        gate (`str`, defaults to `"auto"`): `"all"` reads every neuron, exact for any activation; `"certified"` reads
+            every neuron that cannot be proved silent, exact for activations that are zero below zero; `"auto"` takes
             `certified` where the activation allows it, else `all`.
         delta (`float`, defaults to 1e-9): probability that one decision of the certified gate is wrong; 0 uses the
             deterministic bound alone.

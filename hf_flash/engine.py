@@ -162,7 +162,9 @@ class SweepEngine(Engine):
         return y
 
     @contextlib.contextmanager
-    def pieces(self, x: torch.Tensor, biases: Biases, pins: tuple[torch.Tensor, ...] | None = None) -> Iterator[Iterator[Piece]]:  # fmt: skip
+    def pieces(
+        self, x: torch.Tensor, biases: Biases, pins: tuple[torch.Tensor, ...] | None = None
+    ) -> Iterator[Iterator[Piece]]:
         with self._stream.lock:
             if self._dense is not None:
                 gate, up, down = self._dense
@@ -346,7 +348,7 @@ class SparseEngine(Engine):
             yield (torch.from_numpy(neurons[i : i + self._batch_rows]), *self.layer.layout.split(rows))
 
     def _sweep(self, neurons: IntArray, recent: IntArray) -> Generator[Piece]:
-        """More neurons than slots: those in DRAM first, then the others in order, the next batch being read meanwhile."""
+        """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile."""
         slots = self.cache.cached(neurons)
         here = slots >= 0
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))

@@ -17,10 +17,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from hf_flash import attach, hub, save
+from hf_flash.checkpoint import locate
 from hf_flash.config import LOADING_ATTRIBUTES, QUANT_METHOD, FlashConfig
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import find_blocks
-from hf_flash.checkpoint import locate
 from hf_flash.repack import repack_to_cache
 
 

@@ -89,9 +89,7 @@ class FlashStore:
         return cls({name: folder / name for name in flash_file_names(folder)}, reader)
 
     def _layer(self, entry: TensorEntry, geometry: dict[str, Any], file_name: str) -> FlashLayer:
-        layout = BundleLayout(
-            geometry["d_model"], geometry["d_out"], geometry["gated"], DTYPES[geometry["dtype"]]
-        )
+        layout = BundleLayout(geometry["d_model"], geometry["d_out"], geometry["gated"], DTYPES[geometry["dtype"]])
         rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, *entry.shape)
         return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name)
 

@@ -149,9 +149,7 @@ def test_flash_model_assists_the_dense_one(
     assert_greedy(got, wanted[:1, : got.shape[1]], dense)
 
 
-def test_continuing_from_a_kv_cache(
-    flash: PreTrainedModel, dense: PreTrainedModel, prompts: torch.Tensor
-) -> None:
+def test_continuing_from_a_kv_cache(flash: PreTrainedModel, dense: PreTrainedModel, prompts: torch.Tensor) -> None:
     ids = prompts[:1]
     with torch.no_grad():
         first = flash(ids[:, :4], use_cache=True)
@@ -236,4 +234,3 @@ def test_stats_through_a_wrapper(flash: PreTrainedModel) -> None:
     wrapper = torch.nn.Module()
     wrapper.model = flash
     assert hf_flash.stats(wrapper) is hf_flash.stats(flash)
-

@@ -10,7 +10,9 @@ from hf_flash import FATReLU, native, ops
 from hf_flash.gates import CertifiedGate, Sketch
 from hf_flash.layout import BundleLayout
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the native extension is not built, or HF_FLASH_NATIVE=0")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the native extension is not built, or HF_FLASH_NATIVE=0"
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -18,7 +20,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("act", [torch.nn.ReLU(), ReLUSquaredActivation(), FATReLU(0.3), torch.nn.ReLU6()], ids=lambda a: type(a).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "act", [torch.nn.ReLU(), ReLUSquaredActivation(), FATReLU(0.3), torch.nn.ReLU6()], ids=lambda a: type(a).__name__
+)
 @pytest.mark.parametrize("n_tokens", [1, 3, 8])
 def test_sparse_ffn_is_the_reference_on_the_gathered_rows(dtype, gated, act, n_tokens) -> None:
     torch.manual_seed(n_tokens)

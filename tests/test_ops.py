@@ -191,7 +191,9 @@ def test_sweep_engine_is_the_stock_formula(
 
 @FAST
 @given(
-    st.fixed_dictionaries(KINDS), st.sampled_from([F32, F16, BF16, F64]), st.sampled_from(["relu", "relu2", "relu6", "fatrelu"]),
+    st.fixed_dictionaries(KINDS),
+    st.sampled_from([F32, F16, BF16, F64]),
+    st.sampled_from(["relu", "relu2", "relu6", "fatrelu"]),
     st.integers(1, N + 10), st.integers(1, N + 10), TOKENS,
 )  # fmt: skip
 def test_sparse_engine_is_the_stock_formula(

@@ -72,9 +72,7 @@ def test_config_and_single_options_together_are_refused(stock: PreTrainedModel, 
     assert not hf_flash.is_flash(stock)
 
 
-def test_memory_from_the_environment(
-    stock: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_from_the_environment(stock: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_FLASH_MEMORY", "77MiB")
     assert plan_of(hf_flash.patch(stock, cache_dir=tmp_path)).memory == 77 << 20
 

@@ -25,6 +25,7 @@ from hf_flash.readers import Read, Reader, ThreadReader, UringReader, open_reade
 SIZE = 1_000_003  # no multiple of any block
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+
 def uring(depth: int = 64) -> Reader:
     try:
         return UringReader(4, depth)

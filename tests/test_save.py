@@ -146,9 +146,7 @@ def test_model_runs_on_after_its_source_was_deleted(
         assert_same(model, dense, prompts)
 
 
-def test_bf16_model_saves_bf16(
-    flash_folder: Path, shipped: Path, tmp_path: Path, prompts: torch.Tensor
-) -> None:
+def test_bf16_model_saves_bf16(flash_folder: Path, shipped: Path, tmp_path: Path, prompts: torch.Tensor) -> None:
     load(flash_folder, dtype="bfloat16", gate="all").save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved", gate="all")
     assert again.dtype == torch.bfloat16

@@ -126,6 +126,7 @@ def test_one_thread_fails_and_the_other_goes_on(
     for gate in ("all", "certified"):
         model = load(flash_folder, cap_for(gate, "half"), gate=gate)
         activation = model.model.decoder.layers[2].fc1.own_activation
+
         def fail(model: PreTrainedModel = model, activation: torch.nn.Module = activation) -> None:
             mine = threading.get_ident()
 

@@ -185,10 +185,7 @@ class CertifiedGate:
         x32 = x.float()
         _, squares, size = self._measure(x32)
         scores = torch.cat(
-            [
-                x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t()
-                for i in range(0, sketch.codes.shape[0], BLOCK_NEURONS)
-            ],
+            [x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t() for i in range(0, sketch.codes.shape[0], BLOCK_NEURONS)],
             dim=1,
         )  # [T, n]
         t = squares.sqrt() @ sketch.error.float().t()  # Cauchy-Schwarz
