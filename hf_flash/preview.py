@@ -173,11 +173,7 @@ def _stock(
     skeleton: PreTrainedModel, files: list[Path], config: FlashConfig
 ) -> tuple[list[FFNBlock], dict[str, attach.Geometry], Located]:
     source = Source.open(skeleton, files)
-    geometry = {
-        b.path: attach.Geometry(source.layout(b), b.d_ffn, config.gate_bits if source.can_certify(b) else 0)
-        for b in source.blocks
-    }
-    return source.blocks, geometry, source.located
+    return source.blocks, source.geometry(config.gate_bits), source.located
 
 
 def _converted(

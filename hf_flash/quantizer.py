@@ -21,7 +21,7 @@ from hf_flash.checkpoint import locate
 from hf_flash.config import LOADING_ATTRIBUTES, QUANT_METHOD, FlashConfig
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import find_blocks
-from hf_flash.repack import repack_to_cache
+from hf_flash.repack import Source, repack_to_cache
 
 
 class Saving(threading.local):
@@ -77,7 +77,9 @@ class FlashQuantizer(HfQuantizer):
         if self.pre_quantized:
             flash, gates = hub.flash_files(files[0], name)
         else:
-            folder = repack_to_cache(model, files, config, name)
+            source = Source.open(model, files)
+            attach.plan_for(model, blocks, source.geometry(config.gate_bits), config, located)  # refuse before writing
+            folder = repack_to_cache(source, config, name)
             flash, gates = hub.flash_files(folder / "config.json", str(folder))
         geometry = attach.geometry_of(flash, gates)
         names = attach.stored_paths(model, blocks, geometry)

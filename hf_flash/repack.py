@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_flash import card, hub
+from hf_flash.attach import Geometry
 from hf_flash.check import check_blocks
 from hf_flash.checkpoint import WEIGHTS_INDEX, Located, checkpoint_files, load_json, locate, read_config, read_tensor
 from hf_flash.config import FlashConfig
@@ -116,6 +116,13 @@ class Source:
     def can_certify(self, block: FFNBlock) -> bool:
         """Whether the block's activation is zero below a threshold."""
         return zero_below(get_activation(self.model, block)) is not None
+
+    def geometry(self, gate_bits: int) -> dict[str, Geometry]:
+        """What the plan needs to know, by module path, before anything is repacked."""
+        return {
+            block.path: Geometry(self.layout(block), block.d_ffn, gate_bits if self.can_certify(block) else 0)
+            for block in self.blocks
+        }
 
     def identity(self) -> str:
         """Hash that changes when the checkpoint does: names, sizes and times, or blob names in a Hub cache.
@@ -448,12 +455,11 @@ def _copy_raw(entry: TensorEntry, writer: TensorFileWriter) -> None:
             writer.write(entry.name, data)
 
 
-def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig, name: str) -> Path:
+def repack_to_cache(source: Source, config: FlashConfig, name: str) -> Path:
     """The flash side of a stock checkpoint, from the cache folder; made there on first use.
 
     Args:
-        model: the stock model on the meta device.
-        files: its safetensors files.
+        source: the stock checkpoint.
         config: gate_bits and cache_dir are used.
         name: of the model, for the folder's name.
 
@@ -462,8 +468,6 @@ def repack_to_cache(model: nn.Module, files: Sequence[Path], config: FlashConfig
     """
     from filelock import FileLock  # noqa: PLC0415
 
-    assert isinstance(model, PreTrainedModel)
-    source = Source.open(model, files)
     root = Path(config.cache_dir) if config.cache_dir else default_cache()
     leaf = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) or "model"
     identity = source.identity()

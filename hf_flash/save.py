@@ -16,7 +16,7 @@ from hf_flash import card
 from hf_flash.attach import FlashRuntime
 from hf_flash.config import QUANT_METHOD
 from hf_flash.errors import CheckpointError, FlashError
-from hf_flash.format import SOURCE_KEY, read_header
+from hf_flash.format import SOURCE_KEY, add_checksums, read_header
 from hf_flash.store import DTYPE_NAMES, GATES_NAME, write_index
 
 
@@ -38,6 +38,9 @@ def save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str
         type(self).save_pretrained(self, save_directory, *args, **kwargs)
     finally:
         quantizer.saving.folder = None
+    if not kwargs.get("push_to_hub"):  # then it has been uploaded by now, and the Hub keeps hashes of its own
+        for path in Path(save_directory).glob("model*.safetensors"):
+            add_checksums(path)
 
 
 def _get_files_timestamps(self: PreTrainedModel, working_dir: str | os.PathLike[str]) -> dict[str, float]:
