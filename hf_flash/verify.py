@@ -95,7 +95,7 @@ def verify(folder: str | os.PathLike[str], progress: bool = True, *, trust_remot
     for report in reports:
         problems += report.problems
         if not report.checked:
-            notes.append(f"{report.name} carries no checksums (hf_flash did not write it): only its header was checked.")
+            notes.append(f"{report.name} carries no checksums (not ours): only its header was checked.")
     if not problems:
         problems += _together(path, roles, trust_remote_code, notes.append)
     n_bytes = sum(report.n_bytes for report in reports)

@@ -132,10 +132,11 @@ class UringReader(ThreadReader):
 class _UringTicket(Ticket):
     """A batch in the ring; keeps the memory that it reads into alive until it has landed."""
 
+    batch: int | None = None
+
     def __init__(self, reader: UringReader, arrays: list[np.ndarray]) -> None:
         super().__init__(0)
         self._reader, self._arrays = reader, arrays
-        self.batch: int | None = None
         self._landed = False
 
     def ready(self) -> bool:
