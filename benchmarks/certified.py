@@ -5,7 +5,7 @@ in decoding. Hooks on the dense model take what each FFN gets and which of its n
 every token and layer the gate is then asked about exactly those inputs; what it wants on the flash model's own way is
 counted as well. A miss, a neuron that fires and was not wanted, would make the output wrong: there must be none.
 
-The model is the small ReLU-GLU model that ships with hf_flash, trained on books; --text gives other text to read.
+The model is the small ReLU model that ships with hf_flash, trained on books; --text gives other text to read.
 """
 
 # ruff: noqa: PLC0415  (--help needs no torch)
@@ -151,7 +151,7 @@ def print_found(found: dict[str, Any]) -> None:
 
 def parse() -> Any:
     parser = common.parser(__doc__)
-    parser.add_argument("--model", default=str(SHIPPED), help="folder of a ReLU-GLU model (default: the shipped one)")
+    parser.add_argument("--model", default=str(SHIPPED), help="folder of a ReLU model (default: the shipped one)")
     parser.add_argument("--text", help="text file to read (default: a built-in prompt, continued by the model)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens to read (default 512)")
     parser.add_argument("--bits", type=int, default=8, help="bits of the sketch, 4 to 8 (default 8)")

@@ -83,7 +83,8 @@ class Plan:
         pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
         slots: FFN path -> slots (gate `certified`).
         streamed: paths of the matrices that are streamed.
-        bytes_per_token: bytes that a decoded token must read from flash at most (gate `all`; cold cache otherwise).
+        bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what a
+            certified layer reads depends on the text.
         chunk_bytes, n_buffers, batch_rows, max_tokens: sizes of the stream and the scratch.
     """
 
