@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from hf_flash.window import Window
 
 CapFor = Callable[..., int]
 Load = Callable[..., PreTrainedModel]
-N = 6
+N = 5
+N_SIGNALS = int(os.environ.get("HF_FLASH_TEST_SIGNALS", "6"))  # more of them for a soak
 KINDS = ["all half", "all streamed", "certified half", "certified least"]
 READERS = ["threads", "uring"]
 
@@ -102,7 +104,7 @@ def test_ctrl_c_around_every_step_of_a_read(
     reader: str, kind: str, owner: type, name: str, load_kind: Load, want: torch.Tensor, prompts: torch.Tensor
 ) -> None:
     model, n_stopped = load_kind(kind, reader), 0
-    for at, after in ((1, True), (1, False), (2, True), (7, False), (13, True)):
+    for at, after in ((1, True), (2, False), (9, True)):
         with slow_reads(0.01), interrupted(owner, name, at, after):
             try:
                 greedy(model, prompts[2:3], N)
@@ -110,8 +112,8 @@ def test_ctrl_c_around_every_step_of_a_read(
                 n_stopped += 1
         got = greedy(model, prompts[:2], N)
         assert torch.equal(got, want), f"after an interrupt {'after' if after else 'before'} call {at}"
-    # Nothing is kept from a sweep where all fits; gate `all` reads no rows one by one, gate `certified` no extents.
-    assert n_stopped or name == "keep" or reader == "uring"
+    # A step that a model does not take: what fits is fetched, else it is swept and some of it kept; rows or extents.
+    assert n_stopped or name in ("fetch", "keep") or reader == "uring"
 
 
 class Stop(StoppingCriteria):
@@ -189,7 +191,7 @@ def test_ctrl_c_at_any_moment(
 
     previous = signal.signal(signal.SIGALRM, raise_interrupt)
     try:
-        for _ in range(12):
+        for _ in range(N_SIGNALS):
             with slow_reads(0.005):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.05 * float(torch.rand(1, generator=generator)))

@@ -29,8 +29,7 @@ def assert_same(flash: PreTrainedModel, dense: PreTrainedModel, prompts: torch.T
     assert_greedy(greedy(flash, prompts[:2], N), greedy(dense, prompts[:2], N), dense)
 
 
-@pytest.mark.parametrize("want", ["all", "half", "streamed"])
-@pytest.mark.parametrize("gate", ["all", "certified"])
+@pytest.mark.parametrize(("gate", "want"), [("all", "half"), ("all", "streamed"), ("certified", "all")])
 def test_saved_folder_loads_with_nothing_passed_and_without_its_source(
     gate: str, want: str, flash_folder: Path, cap_for: CapFor, tmp_path: Path,
     dense: PreTrainedModel, prompts: torch.Tensor, monkeypatch: pytest.MonkeyPatch,
@@ -38,7 +37,6 @@ def test_saved_folder_loads_with_nothing_passed_and_without_its_source(
     source = shutil.copytree(flash_folder, tmp_path / "source")
     model = load(source, cap_for(gate, want), gate=gate)
     model.save_pretrained(tmp_path / "saved")
-    assert_same(model, dense, prompts)
     del model
     gc.collect()
     shutil.rmtree(source)

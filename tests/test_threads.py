@@ -18,6 +18,7 @@ import hf_flash
 
 CapFor = Callable[..., int]
 N = 8
+N_TIMES = int(os.environ.get("HF_FLASH_TEST_REPEATS", "5"))  # more of them for a soak
 
 
 def together(*works: Callable[[], None]) -> None:
@@ -63,7 +64,7 @@ def test_two_threads_with_different_prompts(
     model = load(flash_folder, cap_for(gate, want), gate=gate)
     mine = [[prompts[:1], prompts[1:3]], [prompts[3:4], prompts[4:6, :5]]]
     wanted = [[greedy(dense, ids, N) for ids in some] for some in mine]
-    together(*(repeatedly(model, some, some_wanted, 8) for some, some_wanted in zip(mine, wanted, strict=True)))
+    together(*(repeatedly(model, some, some_wanted, N_TIMES) for some, some_wanted in zip(mine, wanted, strict=True)))
 
 
 @pytest.mark.parametrize("gate", ["all", "certified"])
