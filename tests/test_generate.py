@@ -100,7 +100,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "prompt lookup": {"prompt_lookup_num_tokens": 4},
     "no KV cache": {"use_cache": False},
     "static KV cache": {"cache_implementation": "static"},
-    "offloaded KV cache": {"cache_implementation": "dynamic"},
+    "dynamic KV cache": {"cache_implementation": "dynamic"},
     "chunked prefill": {"prefill_chunk_size": 4},
     "scores": {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
 }

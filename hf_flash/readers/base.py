@@ -30,30 +30,36 @@ class Read:
 
 
 class Ticket:
-    """Reads that were submitted together."""
+    """Reads that were submitted together.
+
+    Waits on a bare lock and a counter: Ctrl-C inside `threading.Event.wait` can leave the event's own lock held, and
+    whoever waits next waits for ever.
+    """
 
     def __init__(self, n_parts: int) -> None:
         self._left, self._lock = n_parts, threading.Lock()
-        self._event = threading.Event()
+        self._landing = threading.Lock()  # held until the last part has landed
+        if n_parts:
+            self._landing.acquire()
         self.error: BaseException | None = None
-        if n_parts == 0:
-            self._event.set()
 
     def part_done(self, error: BaseException | None = None) -> None:
         """Called by the reader when one part has landed or failed."""
         with self._lock:
-            self._left -= 1
             self.error = self.error or error
-            if self._left <= 0:
-                self._event.set()
+            self._left -= 1
+            if self._left == 0:
+                self._landing.release()
 
     def ready(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._event.is_set()
+        return self._left <= 0
 
     def settle(self) -> None:
         """Wait until no part writes into its buffers any more; errors are not raised."""
-        self._event.wait()
+        while self._left > 0:
+            if self._landing.acquire(timeout=1.0):
+                self._landing.release()
 
     def wait(self) -> None:
         """Wait for all bytes.
@@ -61,7 +67,7 @@ class Ticket:
         Raises:
             ReadError: a part failed; the buffers hold no valid data.
         """
-        self._event.wait()
+        self.settle()
         if self.error is not None:
             if isinstance(self.error, ReadError):
                 raise type(self.error)(*self.error.args) from self.error

@@ -13,8 +13,10 @@ import errno
 import mmap
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -66,6 +68,34 @@ def _open_direct(path: Path) -> tuple[int, int]:
     return os.open(path, os.O_RDONLY), 1
 
 
+class _Pool:
+    """Threads that take calls from a queue, no more: ThreadPoolExecutor's locks do not survive every Ctrl-C."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._queue: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=_serve, args=(self._queue,), name=f"hf_flash-read_{i}", daemon=True)
+            for i in range(n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable[..., None], *args: Any) -> None:
+        self._queue.put((call, args))
+
+    def shutdown(self, wait: bool) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads if wait else ():
+            thread.join()
+
+
+def _serve(queue: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None]) -> None:
+    while (item := queue.get()) is not None:
+        item[0](*item[1])
+        del item  # it holds the reader, which may be waiting to be dropped
+
+
 class ThreadReader(Reader):
     """A pool of threads, each with one positional read in flight.
 
@@ -74,7 +104,7 @@ class ThreadReader(Reader):
     """
 
     def __init__(self, n_threads: int = 8) -> None:
-        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="hf_flash-read")
+        self._pool = _Pool(n_threads)
         self._n_threads = n_threads
         self._files: list[_File] = []
         self._by_path: dict[Path, int] = {}
@@ -133,6 +163,8 @@ class ThreadReader(Reader):
     def _read_one(self, read: Read) -> None:
         file = self._files[read.file]
         total = sum(map(len, read.buffers))
+        if total == 0:
+            return
         if file.block > 1 and not is_aligned(read, file.block):
             self._bounce(file, read, total)
         else:
