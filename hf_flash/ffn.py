@@ -99,6 +99,7 @@ class FlashFFN(nn.Module):
 
         return Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))
 
+    @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
         if self.engine is None:

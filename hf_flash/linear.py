@@ -52,6 +52,7 @@ class FlashLinear(_OnFlash):
         """Say where the weight lies: rows is [out_features, in_features * itemsize]."""
         self._stream, self._unit, self._dtype = stream, stream.add(rows), dtype
 
+    @torch.compiler.disable  # a read is not to be traced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], as nn.Linear."""
         assert self._stream is not None
@@ -113,6 +114,7 @@ class FlashEmbedding(_OnFlash):
         """Say where the weight lies: rows is [num_embeddings, embedding_dim * itemsize]."""
         self._reader, self._rows, self._dtype, self._stats = reader, rows, dtype, stats
 
+    @torch.compiler.disable
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[...] token ids -> [..., embedding_dim], as nn.Embedding.
 

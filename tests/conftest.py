@@ -48,6 +48,11 @@ OPENINGS = [  # 20 prompts; the tests crop all to the tokens of the shortest
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest drops the filter that hf_flash sets for this warning, which says what is meant to happen."""
+    config.addinivalue_line("filterwarnings", "ignore:You passed .quantization_config. or equivalent:UserWarning")
+
+
 def pytest_report_header() -> list[str]:
     """What a failure report must name: versions, and what this kernel and file system can do."""
     return [

@@ -74,6 +74,18 @@ def test_logits_under_every_kind_of_cap(
             torch.testing.assert_close(logits_of(model, input_ids=ids), expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("want", ["all", "half", "streamed"])
+@pytest.mark.parametrize("gate", GATES)
+def test_more_tokens_at_once_than_were_planned_for(
+    gate: str, want: str, flash_folder: Path, cap_for: CapFor, dense: PreTrainedModel, prompts: torch.Tensor
+) -> None:
+    model = load(flash_folder, cap_for(gate, want), gate=gate, context=16)
+    assert plan_of(model).max_tokens == 16 < prompts.numel()
+    for ids in (prompts, prompts.view(1, -1), prompts[:1], prompts):
+        expected = logits_of(dense, input_ids=ids)
+        torch.testing.assert_close(logits_of(model, input_ids=ids), expected, rtol=1e-5, atol=5e-5)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_certified_gate_loses_no_firing_neuron_at_any_width_or_delta(
     bits: int, shipped: Path, tmp_path: Path, dense: PreTrainedModel, prompts: torch.Tensor
@@ -155,6 +167,17 @@ def test_continuing_from_a_kv_cache(flash: PreTrainedModel, dense: PreTrainedMod
         first = flash(ids[:, :4], use_cache=True)
         second = flash(ids[:, 4:], past_key_values=first.past_key_values)
     torch.testing.assert_close(second.logits, logits_of(dense, input_ids=ids)[:, 4:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what torch.compile does not know
+def test_compiled_around_the_ffns(flash: PreTrainedModel, dense: PreTrainedModel, prompts: torch.Tensor) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(flash.forward, backend="eager")
+    with torch.no_grad():
+        for ids in (prompts[:1], prompts[1:2], prompts[2:3]):
+            got = compiled(input_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(got, logits_of(dense, input_ids=ids), rtol=1e-5, atol=2e-5)
+    torch.compiler.reset()
 
 
 def test_pipeline_by_folder_name(
