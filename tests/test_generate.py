@@ -119,7 +119,7 @@ DECODERS: dict[str, dict[str, Any]] = {
 ONE_ROW_ONLY = {"prompt lookup"}
 
 
-def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], options: dict[str, Any], n: int = 24) -> Any:
+def decode(model: PreTrainedModel, inputs: dict[str, torch.Tensor], options: dict[str, Any], n: int = 14) -> Any:
     torch.manual_seed(3)
     return model.generate(**inputs, **{"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, **options})
 

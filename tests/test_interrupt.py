@@ -24,7 +24,7 @@ from hf_flash.window import Window
 CapFor = Callable[..., int]
 Load = Callable[..., PreTrainedModel]
 N = 5
-N_SIGNALS = int(os.environ.get("HF_FLASH_TEST_SIGNALS", "6"))  # more of them for a soak
+N_SIGNALS = int(os.environ.get("HF_FLASH_TEST_SIGNALS", "4"))  # more of them for a soak
 KINDS = ["all half", "all streamed", "certified half", "certified least"]
 READERS = ["threads", "uring"]
 
@@ -179,6 +179,7 @@ def test_failed_read_is_an_error_and_the_next_pass_is_right(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C in a finalizer is dropped
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reader", READERS)
 def test_ctrl_c_at_any_moment(
