@@ -42,7 +42,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the C signatures, in the order of kernels.cpp."""
+    """Declare the C signatures, in the order of the files in _native."""
     lib.hf_flash_sparse_ffn.restype = _I
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate_scan.restype = None

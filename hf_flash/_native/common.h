@@ -1,0 +1,91 @@
+// What the kernels share: number formats, multiversioning, threads.
+//
+// Pointers and sizes in, nothing of torch's C++ ABI, no Python in the loops. Called through ctypes, which releases the
+// GIL. Threads are OpenMP's, resolved at load time from the runtime that torch brought along, so both share one pool
+// and torch.set_num_threads() governs both. Loops are plain C++ that the compiler vectorizes, once per instruction set
+// (function multiversioning), so one binary runs everywhere. Each function has its torch reference in Python;
+// tests/test_native.py compares them.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+enum DType { F32 = 0, F16 = 1, BF16 = 2 };
+
+INLINE float from_bf16(uint16_t v) {
+  uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+INLINE float from_f16(uint16_t v) {  // finite values; a few integer operations, so that every compiler vectorizes it
+  uint32_t bits = static_cast<uint32_t>(v & 0x7fffu) << 13, sign = static_cast<uint32_t>(v & 0x8000u) << 16;
+  float magnitude;
+  std::memcpy(&magnitude, &bits, 4);
+  magnitude *= 0x1p112f;  // moves the exponent from half's bias to float's, subnormals included
+  std::memcpy(&bits, &magnitude, 4);
+  bits |= sign;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+INLINE float round_bf16(float v) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return v;
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+INLINE float round_f16(float v) {  // to nearest, ties to even; overflow to infinity as the dense model has it
+  const float a = std::fabs(v);
+  if (!(a < 65520.0f)) return a != a ? v : std::copysign(INFINITY, v);
+  if (a < 0x1p-14f) return std::copysign(std::rint(a * 0x1p24f) * 0x1p-24f, v);  // subnormal: multiples of 2^-24
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = (bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+INLINE float round_to(float v, int dtype) {
+  if (dtype == BF16) return round_bf16(v);
+  if (dtype == F16) return round_f16(v);
+  return v;
+}
+
+inline int max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// work(part) for every part, on as many threads; all parts are done even where fewer threads are given.
+template <class F> void in_parallel(int parts, F work) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(parts) schedule(static, 1)
+#endif
+  for (int part = 0; part < parts; part++) work(part);
+}
+
+}  // namespace
