@@ -23,17 +23,18 @@ from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
 from hf_flash.engine import GATE_TOKENS, SparseEngine, SweepEngine, WorkBuffers
-from hf_flash.errors import CheckpointError, ChecksumError, FlashConfigError
+from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import RUN_BYTES, SOURCE_KEY, TensorFile, read_header, run_crcs
+from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
-from hf_flash.linear import FlashEmbedding, FlashLinear
+from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedLinear
 from hf_flash.memory import trim_malloc
+from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.stats import FlashStats
-from hf_flash.store import DTYPES, Extent2D, FlashStore, layers_of
+from hf_flash.store import DTYPES, Extent2D, FlashStore, layers_of, layout_of, read_checked
 from hf_flash.stream import Stream
 
 logger = logging.get_logger(__name__)
@@ -82,7 +83,7 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
     out = {}
     for path in files.values():
         for layer in layers_of(read_header(path)).values():
-            layout = BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]])
+            layout = layout_of(layer)
             bits = kinds.get(layer["module"], {}).get("bits", 0)
             out[layer["module"]] = Geometry(layout, layer["n_neurons"], bits)
     return out
@@ -192,6 +193,7 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
         sketch_bytes(n, layout.d_model, geometry.sketch_bits) if certified else 0, scratch if certified else 0,
+        layout.packed,
     )  # fmt: skip
 
 
@@ -211,13 +213,19 @@ def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | Non
             continue
         row = entry.n_bytes // entry.shape[0]
         n_bytes = module.weight.numel() * module.weight.element_size()
+        packed = _packed_bytes(module.weight.shape) if can_pack(DTYPES[entry.dtype], entry.shape[1]) else 0
         if module is model.get_input_embeddings() and type(module) is nn.Embedding:
             out.append(Matrix(path, n_bytes, True, row, entry.n_bytes))
         elif type(module) is nn.Linear and module is model.get_output_embeddings():
-            head.append(Matrix(path, n_bytes, False, row, entry.n_bytes))
+            head.append(Matrix(path, n_bytes, False, row, entry.n_bytes, packed))
         elif type(module) is nn.Linear and re.search(r"\.\d+\.", path):
-            out.append(Matrix(path, n_bytes, False, row, entry.n_bytes))
+            out.append(Matrix(path, n_bytes, False, row, entry.n_bytes, packed))
     return head + out
+
+
+def _packed_bytes(shape: torch.Size) -> int:
+    """DRAM of a packed matrix, with room for one escape in 512 weights."""
+    return shape[0] * (packed_bytes(shape[1]) + 4) + shape.numel() // 128
 
 
 def _kv_bytes(text: Any, size: int) -> int:
@@ -249,17 +257,21 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
             ffn.compute_dtype = torch.float32
         install(model, block, ffn)
         patterns += [re.escape(part.key) for part in parts]
-    for path in runtime.plan.streamed:
+    for path in (*runtime.plan.streamed, *runtime.plan.packed):
         parent, _, leaf = path.rpartition(".")
-        stock = model.get_submodule(path)
-        new = FlashLinear(stock) if isinstance(stock, nn.Linear) else FlashEmbedding(stock)  # type: ignore[arg-type]
-        setattr(model.get_submodule(parent), leaf, new)
+        setattr(model.get_submodule(parent), leaf, _replacement(model.get_submodule(path), path in runtime.plan.packed))
         patterns.append(re.escape(f"{path}.weight"))
     ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
     # The checkpoint may have been made from the model with a head, or without one.
     model._keys_to_ignore_on_load_unexpected = ignore | {f"^({prefix})?{p.removeprefix(prefix)}$" for p in patterns}
     model._hf_flash = runtime  # type: ignore[assignment]
+
+
+def _replacement(stock: Any, packed: bool) -> nn.Module:
+    if isinstance(stock, nn.Embedding):
+        return FlashEmbedding(stock)
+    return PackedLinear(stock) if packed else FlashLinear(stock)
 
 
 def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
@@ -281,7 +293,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             layer = store.layers[runtime.stored_paths.get(name, name)]
             if plan.gates[name] == "all":
                 rows = plan.pinned_rows[name]
-                module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens)
+                module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens, plan.unpacked)
             else:
                 threshold = zero_below(module.own_activation) or 0.0
                 gate = CertifiedGate(sketches.load(layer.path), config.delta, threshold, layer.layout.dtype)
@@ -290,7 +302,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
             if module is first:
                 module.stats, module.trim_once = stats, True
-        elif isinstance(module, (FlashLinear, FlashEmbedding)):
+        elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
     logger.info(
         f"hf_flash: {len(store.layers)} FFN layers on flash, memory {format_size(plan.memory)}, of which "
@@ -298,14 +310,16 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _connect_matrix(module: FlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:
+def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:
     assert runtime.located is not None and runtime.store is not None
     entry = runtime.located.by_param[f"{path}.weight"]
     reader = runtime.store.reader
     rows = Extent2D(entry.name, reader.open(entry.path), entry.start, entry.shape[0], entry.n_bytes // entry.shape[0])
     if isinstance(module, FlashLinear):
         module.connect(stream, rows, DTYPES[entry.dtype])
-    else:
+    elif isinstance(module, PackedLinear):
+        module.connect(reader, rows, exact="all" in runtime.plan.gates.values())
+    elif isinstance(module, FlashEmbedding):
         module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
 
 
@@ -319,21 +333,11 @@ class _Sketches:
     def load(self, path: str) -> Sketch:
         assert self._file is not None
         tensors = {}
-        with open(self._file.path, "rb", buffering=0) as file:
-            for name, dtype in (
-                ("codes", torch.uint8), ("step", torch.bfloat16), ("error", torch.bfloat16), ("norm", torch.float32),
-            ):  # fmt: skip
-                entry = self._file.entries[f"{path}.sketch.{name}"]
-                out = torch.empty(entry.n_bytes, dtype=torch.uint8)
-                file.seek(entry.start)
-                if file.readinto(out.numpy().data) != entry.n_bytes:
-                    raise CheckpointError(f"{self._file.path} ended inside {entry.name}. Fetch it again.")
-                run_bytes, crcs = self._file.checksums.get(entry.name, (RUN_BYTES, []))
-                if crcs and run_crcs(out.numpy().data, run_bytes) != crcs:  # a damaged sketch would prove falsehoods
-                    raise ChecksumError(
-                        f"{self._file.path}: {entry.name} differs from its checksum. Fetch the file again, or repack."
-                    )
-                tensors[name] = out.view(dtype).view(entry.shape)
+        for name, dtype in (
+            ("codes", torch.uint8), ("step", torch.bfloat16), ("error", torch.bfloat16), ("norm", torch.float32),
+        ):  # fmt: skip
+            entry = self._file.entries[f"{path}.sketch.{name}"]
+            tensors[name] = read_checked(self._file, entry).view(dtype).view(entry.shape)
         kind = self._kinds[path]
         return Sketch(bits=kind["bits"], d_model=kind["d_model"], **tensors)
 

@@ -25,6 +25,7 @@ class Matrix:
     """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only.
 
     On flash it is in the checkpoint's dtype, so `row_bytes` and `flash_bytes` may differ from what DRAM would hold.
+    `packed_bytes` is what it takes in 12 bits a weight, 0 where it cannot be packed.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Matrix:
     lookup: bool = False
     row_bytes: int = 0
     flash_bytes: int = 0
+    packed_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Layer:
     down_bytes: int  # the down matrix in the dtype of the computation
     sketch_bytes: int
     gate_scratch_bytes: int = 0
+    packed: bool = False  # rows are: what is computed on is unpacked first
+
+    def pinned_bytes(self, unpacked: bool) -> int:
+        """DRAM that the layer takes when it stays there: packed, or as the stock matrices."""
+        return self.n_neurons * self.row_bytes if self.packed and not unpacked else self.matrix_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,8 @@ class Plan:
         pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
         slots: FFN path -> slots (gate `certified`).
         streamed: paths of the matrices that are streamed.
+        packed: paths of the resident matrices that are kept in 12 bits a weight.
+        unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
         bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what a
             certified layer reads depends on the text.
         chunk_bytes, n_buffers, batch_rows, max_tokens: sizes of the stream and the scratch.
@@ -94,6 +103,8 @@ class Plan:
     pinned_rows: dict[str, int]
     slots: dict[str, int]
     streamed: list[str]
+    packed: list[str]
+    unpacked: bool
     bytes_per_token: int
     chunk_bytes: int
     n_buffers: int
@@ -164,23 +175,42 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
         "tokenizer": demand.tokenizer_bytes,
         "runtime": RUNTIME_BYTES,
         "gates": sum(layer.sketch_bytes for layer in certified),
-        "batches": _batch_bytes(certified, chunk) if certified else 0,
+        "batches": _batch_bytes(demand, certified, chunk),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
     }
     spare = memory - sum(parts.values())
-    ffn = sum(layer.matrix_bytes for layer in sweeps) + sum(layer.n_neurons * layer.row_bytes for layer in certified)
     lookups = [m for m in demand.matrices if m.lookup]
     rest = [m for m in demand.matrices if not m.lookup]
-    all_matrices = sum(m.n_bytes for m in demand.matrices)
-    choices: list[tuple[list[Matrix], int, int]] = [([], all_matrices, ffn)] + [
-        ([*rest[n:], *lookups], sum(m.n_bytes for m in rest[:n]), _cache_floor(certified))
-        for n in range(len(rest), -1, -1)
-    ]
-    for streamed, resident, least in choices:
-        ring = _ring_bytes(demand, streamed, chunk) if sweeps or any(not m.lookup for m in streamed) else 0
-        if resident + ring + least <= spare:
-            return _finish(demand, memory, chunk, {**parts, "stream": ring, "resident matrices": resident}, streamed)
+    everything = sum(layer.pinned_bytes(True) for layer in sweeps)
+    everything += sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    whole = _Choice([], [], sum(m.n_bytes for m in demand.matrices), everything, True)
+    for choice in (whole, *(_choice(rest, n, lookups, certified) for n in range(len(rest), -1, -1))):
+        ring = (
+            _ring_bytes(demand, choice.streamed, chunk) if sweeps or any(not m.lookup for m in choice.streamed) else 0
+        )
+        if choice.resident_bytes + ring + choice.least_bytes <= spare:
+            return _finish(
+                demand, memory, chunk, {**parts, "stream": ring, "resident matrices": choice.resident_bytes}, choice
+            )
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Which matrices are streamed and which packed; bytes of the resident ones, and the least that FFNs must get."""
+
+    streamed: list[Matrix]
+    packed: list[Matrix]
+    resident_bytes: int
+    least_bytes: int
+    unpacked: bool  # pinned FFN layers
+
+
+def _choice(rest: list[Matrix], n: int, lookups: list[Matrix], certified: Sequence[Layer]) -> _Choice:
+    """The first n matrices resident, packed where they can be: memory is short, and 12 bits read faster than 16."""
+    packed = [m for m in rest[:n] if m.packed_bytes]
+    resident = sum(m.packed_bytes or m.n_bytes for m in rest[:n])
+    return _Choice([*rest[n:], *lookups], packed, resident, _cache_floor(certified), False)
 
 
 def _cache_floor(certified: Sequence[Layer]) -> int:
@@ -188,9 +218,12 @@ def _cache_floor(certified: Sequence[Layer]) -> int:
     return sum(max(1, layer.n_neurons // 50) * layer.row_bytes for layer in certified)
 
 
-def _batch_bytes(certified: Sequence[Layer], chunk: int) -> int:
-    """Gathered rows, two sweep buffers, their float32 copies, and the gate's scores."""
-    return 3 * chunk + 4 * chunk + max(layer.gate_scratch_bytes for layer in certified)
+def _batch_bytes(demand: Demand, certified: Sequence[Layer], chunk: int) -> int:
+    """Gathered rows, two sweep buffers, their float32 copies, the gate's scores; and rows that are unpacked."""
+    unpacked = 2 * chunk if any(layer.packed for layer in demand.layers) else 0
+    if not certified:
+        return unpacked
+    return 3 * chunk + 4 * chunk + unpacked + max(layer.gate_scratch_bytes for layer in certified)
 
 
 def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
@@ -199,33 +232,34 @@ def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
     return N_BUFFERS * (round_up(longest, 4096) + 8192)
 
 
-def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], streamed: Sequence[Matrix]) -> Plan:
+def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice) -> Plan:
     """Give what is left to the FFNs: slots in proportion, pinned layers spread evenly, one of them in part."""
     left = memory - sum(parts.values())
     certified = [layer for layer in demand.layers if layer.sketch_bytes]
     sweeps = [layer for layer in demand.layers if not layer.sketch_bytes]
     whole = sum(layer.n_neurons * layer.row_bytes for layer in certified)
-    everything = whole + sum(layer.matrix_bytes for layer in sweeps)
+    everything = whole + sum(layer.pinned_bytes(choice.unpacked) for layer in sweeps)
     share = min(1.0, left / everything) if everything else 0.0
     slots = {layer.path: int(layer.n_neurons * share) for layer in certified}
     cache = sum(slots[layer.path] * layer.row_bytes for layer in certified)
-    pinned = _pin(sweeps, left - cache, chunk)
+    pinned = _pin(sweeps, left - cache, chunk, choice.unpacked)
     held = cache
-    read = sum(m.row_bytes if m.lookup else m.flash_bytes for m in streamed)
+    read = sum(m.row_bytes if m.lookup else m.flash_bytes for m in choice.streamed)
     for layer in sweeps:
         rows = pinned[layer.path]
-        held += layer.matrix_bytes if rows == layer.n_neurons else rows * layer.row_bytes
+        held += layer.pinned_bytes(choice.unpacked) if rows == layer.n_neurons else rows * layer.row_bytes
         read += (layer.n_neurons - rows) * layer.row_bytes
     return Plan(
         memory=memory, parts={**parts, "FFN cache": held},
         gates={layer.path: "certified" if layer.sketch_bytes else "all" for layer in demand.layers},
-        pinned_rows=pinned, slots=slots, streamed=[m.path for m in streamed], bytes_per_token=read,
-        chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens,
-        context=demand.context, batch_size=demand.batch_size,
+        pinned_rows=pinned, slots=slots, streamed=[m.path for m in choice.streamed],
+        packed=[m.path for m in choice.packed], unpacked=choice.unpacked, bytes_per_token=read,
+        chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens, context=demand.context,
+        batch_size=demand.batch_size,
     )  # fmt: skip
 
 
-def _pin(layers: Sequence[Layer], left: int, chunk: int) -> dict[str, int]:
+def _pin(layers: Sequence[Layer], left: int, chunk: int, unpacked: bool) -> dict[str, int]:
     """Rows to pin per layer. Whole layers, spread over the depth so that reads go on while they compute."""
     pinned = {layer.path: 0 for layer in layers}
     if not layers or left <= 0:
@@ -234,9 +268,9 @@ def _pin(layers: Sequence[Layer], left: int, chunk: int) -> dict[str, int]:
     total = 0
     order = _spread(len(layers))
     for n, i in enumerate(order, start=1):
-        total += layers[i].matrix_bytes
+        total += layers[i].pinned_bytes(unpacked)
         if total > left:
-            total -= layers[i].matrix_bytes
+            total -= layers[i].pinned_bytes(unpacked)
             break
         n_whole = n
     for i in order[:n_whole]:

@@ -21,6 +21,7 @@ from hf_flash import native, ops
 from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.memory import aligned_empty
+from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
@@ -103,18 +104,21 @@ class SweepEngine(Engine):
         stream: what streams them.
         pinned_rows: neurons from the first on that stay in DRAM once read; all of them makes the layer resident.
         max_tokens: tokens computed in one sweep at most (bounds the hidden activations).
+        unpacked: whether a resident layer is kept as the stock matrices although its rows are packed.
     """
 
     def __init__(
-        self, layer: FlashLayer, stream: Stream, work: WorkBuffers, stats: FlashStats, pinned_rows: int, max_tokens: int
-    ) -> None:
+        self, layer: FlashLayer, stream: Stream, work: WorkBuffers, stats: FlashStats, pinned_rows: int,
+        max_tokens: int, unpacked: bool = True,
+    ) -> None:  # fmt: skip
         self.layer, self._stream, self._work, self._stats = layer, stream, work, stats
         self._unit = stream.add(layer.rows)
-        step = stream.chunk_rows(self._unit)
+        self._step = stream.chunk_rows(self._unit)
         whole = pinned_rows >= layer.n_neurons
-        self._pin = layer.n_neurons if whole else pinned_rows // step * step
+        self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
+        self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
-        self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer that is pinned in part
+        self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
         self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
         self._max_tokens = max_tokens
 
@@ -146,13 +150,11 @@ class SweepEngine(Engine):
         h = x.new_empty(*x.shape[:-1], n)
         pins = self._start_pinning()
         t0, waited = time.perf_counter(), self._stats.wait_s
-        with self.pieces(x, biases, pins) as pieces:
-            for neurons, gate, up, down_rows in pieces:
+        with self._chunks(pins) as chunks:
+            for neurons, rows in chunks:
+                to = down[:, neurons].t() if column_major else down[neurons]
+                gate, up = self._split(neurons, rows, to)
                 h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
-                if column_major:
-                    down[:, neurons].copy_(down_rows.t())
-                else:
-                    down[neurons].copy_(down_rows)
         if column_major:
             y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
         else:
@@ -161,39 +163,65 @@ class SweepEngine(Engine):
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         return y
 
+    def _split(
+        self, neurons: slice, rows: torch.Tensor, down: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows in whole weights; the down columns go to `down` [n, d_out]."""
+        layout = self.layer.layout
+        if self.layer.packing is None:
+            gate, up, down_rows = layout.split(rows)
+            down.copy_(down_rows)
+            return gate, up
+        first, (_, end), rest = layout.parts
+        front = self._work.get("unpacked", (rows.shape[0], end), layout.dtype)
+        self.layer.unpack(rows, neurons, front, (0, end))
+        if down.dtype == layout.dtype and down.stride(1) == 1:
+            self.layer.unpack(rows, neurons, down, rest)
+        else:
+            down.copy_(self.layer.unpack(rows, neurons, torch.empty(down.shape, dtype=layout.dtype), rest))
+        return None if first is None else front[:, : layout.d_model], front[:, end - layout.d_model :]
+
     @contextlib.contextmanager
-    def pieces(
-        self, x: torch.Tensor, biases: Biases, pins: tuple[torch.Tensor, ...] | None = None
-    ) -> Iterator[Iterator[Piece]]:
+    def pieces(self, x: torch.Tensor, biases: Biases) -> Iterator[Iterator[Piece]]:
         with self._stream.lock:
             if self._dense is not None:
                 gate, up, down = self._dense
                 yield iter([(slice(0, self.layer.n_neurons), gate, up, down.t())])
                 return
-            with self._stream.unit(self._unit) as chunks:
-                yield self._pieces(chunks, pins)
+            with self._chunks(None) as chunks:
+                yield ((neurons, *self.layer.split(rows, neurons, self._whole_rows)) for neurons, rows in chunks)
 
-    def _pieces(
+    def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
+        return self._work.get("unpacked", (n, row_bytes), torch.uint8)
+
+    @contextlib.contextmanager
+    def _chunks(self, pins: tuple[torch.Tensor, ...] | None) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
+        """The layer's rows as they lie on flash, a chunk at a time, each valid until the next."""
+        with self._stream.unit(self._unit) as chunks:
+            yield self._pinned_and_read(chunks, pins)
+
+    def _pinned_and_read(
         self, chunks: Iterator[tuple[int, int, torch.Tensor]], pins: tuple[torch.Tensor, ...] | None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         if self._pinned is not None:
             self._stats.add(neurons_hit=self._pin)
-            yield (slice(0, self._pin), *self.layer.layout.split(self._pinned))
+            for start in range(0, self._pin, self._step):
+                stop = min(start + self._step, self._pin)
+                yield slice(start, stop), self._pinned[start:stop]
         for start, stop, rows in chunks:
             if self._pinned is not None and start < self._pin:  # Ctrl-C came before the stream knew
                 continue
-            gate, up, down = self.layer.layout.split(rows)
             self._stats.add(neurons_read=stop - start)
             if pins is not None:
                 self._pin_chunk(pins, start, stop, rows)
-            yield slice(start, stop), gate, up, down
+            yield slice(start, stop), rows
 
     def _start_pinning(self) -> tuple[torch.Tensor, ...] | None:
         """Memory for what this sweep is to leave in DRAM, or None where that is done."""
         layout = self.layer.layout
         if self._pin == 0 or self._pinned is not None:
             return None
-        if self._pin < self.layer.n_neurons:
+        if not self._to_dense:
             return (aligned_empty(self._pin * layout.row_bytes).view(self._pin, layout.row_bytes),)
         n, size = self._pin, layout.dtype.itemsize
         up = aligned_empty(n * layout.d_model * size).view(layout.dtype).view(n, layout.d_model)
@@ -206,7 +234,7 @@ class SweepEngine(Engine):
             if start < self._pin:
                 pins[0][start:stop] = rows
             return
-        gate_rows, up_rows, down_rows = self.layer.layout.split(rows)
+        gate_rows, up_rows, down_rows = self.layer.split(rows, slice(start, stop), self._whole_rows)
         gate, up, down = pins
         up[start:stop] = up_rows
         if gate_rows is not None:
@@ -269,11 +297,16 @@ class SparseEngine(Engine):
         with self._guard(flat.shape[0]):
             lookup = self.cache.fetch(neurons)
             self._wait(lookup.ticket)
-            up, gate = biases.part(torch.from_numpy(neurons))
-            y, n_fired = native.sparse_ffn(
-                flat, self.cache.rows, torch.from_numpy(lookup.slots), layout.d_model, layout.d_out, layout.gated,
-                layout.dtype, code, gate, up,
-            )  # fmt: skip
+            ids, slots = torch.from_numpy(neurons), torch.from_numpy(lookup.slots)
+            up, gate = biases.part(ids)
+            if self.layer.packing is not None:
+                packing = self.layer.packing
+                y, n_fired = sparse_ffn(flat, self.cache.rows, slots, ids, packing, layout.gated, code, gate, up)
+            else:
+                y, n_fired = native.sparse_ffn(
+                    flat, self.cache.rows, slots, layout.d_model, layout.d_out, layout.gated, layout.dtype, code,
+                    gate, up,
+                )  # fmt: skip
         return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
 
     def _many_tokens(
@@ -345,7 +378,13 @@ class SparseEngine(Engine):
             index = torch.from_numpy(slots[i : i + self._batch_rows])
             rows = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
             torch.index_select(self.cache.rows, 0, index, out=rows)
-            yield (torch.from_numpy(neurons[i : i + self._batch_rows]), *self.layer.layout.split(rows))
+            yield self._piece(neurons[i : i + self._batch_rows], rows)
+
+    def _piece(self, neurons: IntArray, rows: torch.Tensor) -> Piece:
+        return (torch.from_numpy(neurons), *self.layer.split(rows, neurons, self._whole_rows))
+
+    def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
+        return self._work.get("unpacked", (n, row_bytes), torch.uint8)
 
     def _sweep(self, neurons: IntArray, recent: IntArray) -> Generator[Piece]:
         """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile."""
@@ -366,7 +405,7 @@ class SparseEngine(Engine):
                 self._wait(ticket)
                 keep = np.isin(batch, recent, assume_unique=True)
                 self.cache.keep(batch[keep], rows[torch.from_numpy(keep)])
-                yield (torch.from_numpy(batch), *self.layer.layout.split(rows))
+                yield self._piece(batch, rows)
                 ahead.pop(0)
         finally:
             for _, _, ticket in ahead:

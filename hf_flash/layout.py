@@ -16,6 +16,7 @@ import re
 import torch
 
 from hf_flash.errors import FlashConfigError
+from hf_flash.packing import packed_bytes
 
 ROW_ALIGN = 512  # bytes; row stride inside a flash tensor
 DATA_ALIGN = 4096  # bytes; start of every flash tensor inside its file
@@ -70,12 +71,14 @@ class BundleLayout:
         d_out: length of a down column, in elements.
         gated: whether there is a gate row.
         dtype: dtype of the stored weights.
+        packed: whether rows are packed into 12 bits a weight (packing.py).
     """
 
     d_model: int
     d_out: int
     gated: bool
     dtype: torch.dtype
+    packed: bool = False
 
     @property
     def n_elements(self) -> int:
@@ -85,26 +88,31 @@ class BundleLayout:
     @property
     def row_bytes(self) -> int:
         """Stride from one bundle to the next, in bytes; a multiple of 512."""
-        return round_up(self.n_elements * self.dtype.itemsize, ROW_ALIGN)
+        n_bytes = packed_bytes(self.n_elements) if self.packed else self.n_elements * self.dtype.itemsize
+        return round_up(n_bytes, ROW_ALIGN)
+
+    @property
+    def parts(self) -> tuple[tuple[int, int] | None, tuple[int, int], tuple[int, int]]:
+        """First element and end of gate row (or None), up row and down column."""
+        start = self.d_model if self.gated else 0
+        gate = (0, self.d_model) if self.gated else None
+        return gate, (start, start + self.d_model), (start + self.d_model, self.n_elements)
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Views of the three parts of some rows; no copy.
 
         Args:
-            rows: [n, row_bytes] uint8, contiguous in its last dimension.
+            rows: [n, row_bytes] uint8 of rows that are not packed (or were unpacked), contiguous in its last dimension.
 
         Returns:
             gate [n, d_model] or None, up [n, d_model], down [n, d_out], of `dtype`.
         """
         elements = rows.view(self.dtype)  # [n, row_bytes / itemsize]
-        start = self.d_model if self.gated else 0
-        gate = elements[:, :start] if self.gated else None
-        up = elements[:, start : start + self.d_model]
-        down = elements[:, start + self.d_model : self.n_elements]
-        return gate, up, down
+        gate, up, down = self.parts
+        return None if gate is None else elements[:, slice(*gate)], elements[:, slice(*up)], elements[:, slice(*down)]
 
     def pack(self, up: torch.Tensor, down: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        """Bundle a layer's matrices.
+        """Bundle a layer's matrices, in whole weights.
 
         Args:
             up: [n, d_model].
@@ -114,6 +122,7 @@ class BundleLayout:
         Returns:
             [n, row_bytes] uint8.
         """
+        assert not self.packed
         rows = torch.zeros(up.shape[0], self.row_bytes, dtype=torch.uint8)
         to_gate, to_up, to_down = self.split(rows)
         to_up.copy_(up)

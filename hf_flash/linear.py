@@ -1,24 +1,31 @@
-"""Matrices that are not FFNs and still do not fit: streamed like them, row by row of their output.
+"""Matrices that are not FFNs, when memory is short.
 
-An embedding on flash costs one row per token, nearly nothing, so it goes there first; attention and the head follow
-only under caps that leave no choice (each streamed byte is read again for every token).
+An embedding on flash costs one row per token, nearly nothing, so it goes there first. What stays in DRAM is packed into
+12 bits a weight. Attention and the head are streamed, row by row of their output, only under caps that leave no choice
+(each streamed byte is read again for every token).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_flash.memory import view_bytes
+from hf_flash import native
+from hf_flash.memory import aligned_empty, view_bytes
 from hf_flash.ops import autocast_input
+from hf_flash.packing import Packing, choose_base, count_exponents, matvec, pack, packed_bytes, unpack
 from hf_flash.readers import Read, Reader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 from hf_flash.stream import Stream
+
+READ_BYTES = 1 << 20  # of a matrix at a time while it is packed
+UNPACKED_BYTES = 1 << 18  # of a matrix at a time while it is computed with: stays in the CPU's cache
 
 
 class _OnFlash(nn.Module):
@@ -32,12 +39,11 @@ class _OnFlash(nn.Module):
         return self
 
 
-class FlashLinear(_OnFlash):
-    """A Linear whose weight is streamed from flash at every call.
+class OnFlashLinear(_OnFlash):
+    """A Linear whose weight comes in pieces.
 
     Args:
         stock: the module that it replaces; its bias stays a parameter.
-        dtype: of the stored weight.
     """
 
     def __init__(self, stock: nn.Linear) -> None:
@@ -46,16 +52,14 @@ class FlashLinear(_OnFlash):
         self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", stock.bias)
         self.weight = _no_weight(stock.weight.dtype)
-        self._stream: Stream | None = None
 
-    def connect(self, stream: Stream, rows: Extent2D, dtype: torch.dtype) -> None:
-        """Say where the weight lies: rows is [out_features, in_features * itemsize]."""
-        self._stream, self._unit, self._dtype = stream, stream.add(rows), dtype
+    def pieces(self) -> contextlib.AbstractContextManager[Iterator[tuple[int, int, torch.Tensor]]]:
+        """The weight, some rows at a time: (start, stop, [stop - start, in_features]), each valid until the next."""
+        raise NotImplementedError
 
     @torch.compiler.disable  # a read is not to be traced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], as nn.Linear."""
-        assert self._stream is not None
         x = autocast_input(x)
         bias = self.bias
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -64,32 +68,120 @@ class FlashLinear(_OnFlash):
         return self.compute(x)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        assert self._stream is not None
         y = x.new_empty(*x.shape[:-1], self.out_features)
-        with self._stream.unit(self._unit) as chunks:
-            for start, stop, rows in chunks:
+        with self.pieces() as pieces:
+            for start, stop, rows in pieces:
                 bias = None if self.bias is None else self.bias[start:stop].to(x.dtype)
-                y[..., start:stop] = F.linear(x, rows.view(self._dtype).to(x.dtype), bias)
+                y[..., start:stop] = F.linear(x, rows.to(x.dtype), bias)
         return y
+
+
+class FlashLinear(OnFlashLinear):
+    """A Linear whose weight is streamed from flash at every call."""
+
+    def connect(self, stream: Stream, rows: Extent2D, dtype: torch.dtype) -> None:
+        """Say where the weight lies: rows is [out_features, in_features * itemsize], of the stored dtype."""
+        self._stream, self._unit, self._dtype = stream, stream.add(rows), dtype
+
+    @contextlib.contextmanager
+    def pieces(self) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+        with self._stream.unit(self._unit) as chunks:
+            yield ((start, stop, rows.view(self._dtype)) for start, stop, rows in chunks)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, streamed from flash"
 
 
+class PackedLinear(OnFlashLinear):
+    """A Linear whose weight stays in DRAM in 12 bits a weight (packing.py)."""
+
+    def connect(self, reader: Reader, rows: Extent2D, exact: bool) -> None:
+        """Read the weight and pack it.
+
+        Args:
+            reader: what reads.
+            rows: [out_features, in_features * 2], bfloat16.
+            exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
+        """
+        self._exact = exact
+        self.rows, self.packing = pack_matrix(reader, rows)
+
+    @contextlib.contextmanager
+    def pieces(self) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+        yield self._unpacked()
+
+    def _unpacked(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        step = max(64, UNPACKED_BYTES // (2 * self.in_features))
+        buffer = torch.empty(min(step, self.out_features), self.in_features, dtype=torch.bfloat16, device="cpu")
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            out = buffer[: stop - start]
+            yield start, stop, unpack(self.rows[start:stop], self.packing.rows(start, stop), out=out)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        n_tokens = x.numel() // self.in_features
+        if self._exact or n_tokens > native.MAX_TOKENS or not native.available():
+            return super().compute(x)
+        y = matvec(x.reshape(n_tokens, self.in_features), self.rows, self.packing)
+        if self.bias is not None:
+            y = y.to(x.dtype) + self.bias.to(x.dtype) if x.dtype == torch.float32 else y + self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, 12 bits a weight"
+
+
+def pack_matrix(reader: Reader, rows: Extent2D) -> tuple[torch.Tensor, Packing]:
+    """Read a bfloat16 matrix from a file, some rows at a time, and pack it.
+
+    Returns:
+        [n_rows, 1.5 * n_columns] uint8 in memory of its own, and how it is packed.
+    """
+    n_columns = rows.row_bytes // 2
+    step = max(1, READ_BYTES // rows.row_bytes)
+    buffer = aligned_empty(min(step, rows.n_rows) * rows.row_bytes)
+    out = aligned_empty(rows.n_rows * packed_bytes(n_columns)).view(rows.n_rows, -1)
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        part = buffer[: (stop - start) * rows.row_bytes]
+        reader.read([Read(rows.file, rows.start + start * rows.row_bytes, [view_bytes(part)])])
+        return part.view(torch.bfloat16).view(-1, n_columns)
+
+    def pack_all(base: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        counts, escapes = [torch.zeros(1, dtype=torch.int32)], []
+        for start in range(0, rows.n_rows, step):
+            stop = min(start + step, rows.n_rows)
+            values = read(start, stop)
+            seen.add_(count_exponents(values))
+            _, how = pack(values, base, out[start:stop])
+            counts.append(how.start.diff())
+            escapes.append(how.escapes)
+        return counts, escapes
+
+    seen = torch.zeros(256, dtype=torch.int64)
+    base = choose_base(count_exponents(read(0, min(step, rows.n_rows))))[0]
+    counts, escapes = pack_all(base)
+    best, fewest = choose_base(seen)
+    if sum(map(len, escapes)) > 2 * fewest + rows.n_rows:  # the first rows were not like the others
+        base = best
+        counts, escapes = pack_all(base)
+    start = torch.cat(counts).cumsum(0).to(torch.int32)
+    return out, Packing(n_columns, base, start, torch.cat(escapes))
+
+
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: FlashLinear, bias: nn.Parameter | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, module: OnFlashLinear, bias: nn.Parameter | None) -> torch.Tensor:
         ctx.module, ctx.bias = module, bias
         return module.compute(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        module: FlashLinear = ctx.module
-        assert module._stream is not None
+        module: OnFlashLinear = ctx.module
         out = torch.zeros(*grad.shape[:-1], module.in_features, dtype=torch.float32)
-        with module._stream.unit(module._unit) as chunks:
-            for start, stop, rows in chunks:
-                out += (grad[..., start:stop] @ rows.view(module._dtype).to(grad.dtype)).float()
+        with module.pieces() as pieces:
+            for start, stop, rows in pieces:
+                out += (grad[..., start:stop] @ rows.to(grad.dtype)).float()
         summed = None if ctx.bias is None else grad.flatten(0, -2).sum(0).to(ctx.bias.dtype)
         return out.to(grad.dtype), None, summed
 

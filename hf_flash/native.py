@@ -20,9 +20,9 @@ from hf_flash.families import zero_below
 
 logger = logging.get_logger(__name__)
 
-ABI = 1
+ABI = 2
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
-_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
@@ -49,6 +49,18 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_gate_scan.argtypes = [
         _P, _P, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_pack.restype = _I
+    lib.hf_flash_pack.argtypes = [_P, _I, _I, _I, _N, _P, _I, _P, _P]
+    lib.hf_flash_exponents.restype = None
+    lib.hf_flash_exponents.argtypes = [_P, _I, _P]
+    lib.hf_flash_unpack.restype = None
+    lib.hf_flash_unpack.argtypes = [_P, _I, _P, _P, _I, _I, _N, _P, _P, _I, _I, _P, _I]
+    lib.hf_flash_packed_matvec.restype = None
+    lib.hf_flash_packed_matvec.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _I, _P]
+    lib.hf_flash_packed_ffn.restype = _I
+    lib.hf_flash_packed_ffn.argtypes = [
+        _P, _I, _I, _I, _P, _I, _P, _P, _I, _P, _P, _N, _N, _P, _P, _N, _N, _F, _P,
+    ]  # fmt: skip
     lib.hf_flash_ring_open.restype = _P
     lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]
     lib.hf_flash_ring_close.restype = None
@@ -72,7 +84,7 @@ _lib = _load()
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded extension, for readers/uring.py; None where it was not built."""
+    """The loaded extension, for readers/uring.py and packing.py; None where it was not built."""
     return _lib
 
 
@@ -86,7 +98,7 @@ def activation_code(
 ) -> tuple[int, float] | None:
     """Number and threshold of an activation that the kernels know, in a dtype that they do; None for others."""
     threshold = zero_below(act)
-    if threshold is None or dtype not in _CODES:
+    if threshold is None or dtype not in CODES:
         return None
     if isinstance(act, ReLUSquaredActivation):
         return 1, 0.0
@@ -124,7 +136,7 @@ def sparse_ffn(
     biases = [None if b is None else b.to(x.dtype).float().contiguous() for b in (gate_bias, up_bias)]
     fired = _lib.hf_flash_sparse_ffn(
         x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
-        len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), _CODES[weight_dtype], _CODES[x.dtype],
+        len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), CODES[weight_dtype], CODES[x.dtype],
         act[0], act[1], out.data_ptr(),
     )  # fmt: skip
     return out, int(fired)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import card, hub
+from hf_flash import card, hub, native
 from hf_flash.attach import Geometry
 from hf_flash.check import check_blocks
 from hf_flash.checkpoint import WEIGHTS_INDEX, Located, checkpoint_files, load_json, locate, read_config, read_tensor
@@ -43,7 +43,8 @@ from hf_flash.format import (
 from hf_flash.gates.certified import GROUP, Sketch
 from hf_flash.layout import BundleLayout, parse_size, round_up
 from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
-from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, flash_file_names, write_index
+from hf_flash.packing import MAX_ESCAPES, can_pack, choose_base, count_exponents, pack
+from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, escapes_name, flash_file_names, write_index
 
 logger = logging.get_logger(__name__)
 
@@ -59,10 +60,17 @@ class Source:
     blocks: list[FFNBlock]
     located: Located
     files: list[Path]
+    pack: bool = True  # rows into 12 bits a weight, where that can be
+    surveys: dict[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: PreTrainedModel, files: Sequence[Path]) -> Source:
+    def open(cls, model: PreTrainedModel, files: Sequence[Path], pack: bool | None = None) -> Source:
         """Find the FFN blocks of a model and their weights in its checkpoint, and prove that we compute them right.
+
+        Args:
+            model: on the meta device.
+            files: its checkpoint.
+            pack: pack rows where that can be; by default where the native kernels are there to compute on them.
 
         Raises:
             UnknownArchitectureError, BlockMismatchError: the model cannot be repacked, and why.
@@ -70,7 +78,8 @@ class Source:
         """
         blocks = find_blocks(model)
         check_blocks(model, blocks)
-        source = cls(model, blocks, locate(model, files), list(files))
+        pack = native.available() if pack is None else pack
+        source = cls(model, blocks, locate(model, files), list(files), pack)
         for block in blocks:
             for part in parts_of(block):
                 source.entry(part)
@@ -111,7 +120,21 @@ class Source:
                 "A checkpoint that is quantized already cannot be repacked: start from the original weights."
             )
         dtype = next(iter(names)) if len(names) == 1 else "F32"
-        return BundleLayout(block.d_model, block.d_out, block.gate is not None, DTYPES[dtype])
+        plain = BundleLayout(block.d_model, block.d_out, block.gate is not None, DTYPES[dtype])
+        can = self.pack and can_pack(plain.dtype, *(block.d_model for _ in range(1 + plain.gated)), block.d_out)
+        packed = can and self.surveys.get(block.path, ()) is not None
+        return dataclasses.replace(plain, packed=packed)
+
+    def survey(self, block: FFNBlock) -> tuple[int, int] | None:
+        """Base and number of escapes of a block's bundles; None where they are not packed. Reads the weights, once."""
+        if self.layout(block).packed and block.path not in self.surveys:
+            counts = torch.zeros(256, dtype=torch.int64)
+            for part in parts_of(block):
+                counts += count_exponents(part.weight_of(self.read(part)))
+            base, n_escapes = choose_base(counts)
+            few = n_escapes <= int(counts.sum()) * MAX_ESCAPES
+            self.surveys[block.path] = (base, n_escapes) if few else None
+        return self.surveys.get(block.path) if self.layout(block).packed else None
 
     def can_certify(self, block: FFNBlock) -> bool:
         """Whether the block's activation is zero below a threshold."""
@@ -154,7 +177,7 @@ class LoadedSource(Source):
         """
         blocks = find_blocks(model)
         check_blocks(model, blocks)
-        return cls(model, blocks, Located({}, {}, frozenset()), [])
+        return cls(model, blocks, Located({}, {}, frozenset()), [], native.available())
 
     def read(self, part: Part) -> torch.Tensor:
         return self.model.get_parameter(part.key).detach().cpu()
@@ -209,6 +232,7 @@ def repack(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    pack: bool | None = None,
     progress: bool = True,
 ) -> Path:
     """Repack a stock checkpoint into a flash checkpoint folder.
@@ -219,6 +243,8 @@ def repack(
         gate_bits: bits of the certified gate's sketch, 4 to 8.
         max_shard_size: bytes of a flash file at most, a layer at least.
         revision, token, trust_remote_code: as in from_pretrained.
+        pack: keep bfloat16 bundles in 12 bits a weight (the same weights, a quarter less to read); by default where the
+            native kernels are built, which compute on them.
         progress: show a bar.
 
     Returns:
@@ -237,7 +263,7 @@ def repack(
         word = "a flash checkpoint already" if method == "hf_flash" else f"quantized with {method!r}"
         raise CheckpointError(f"{model} is {word}. Repack the original weights instead.")
     config = read_config(folder, trust_remote_code)
-    source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder))
+    source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder), pack)
     limit = parse_size(max_shard_size)
     n_bytes = sum(e.n_bytes for e in source.located.by_key.values())
     raw_config["quantization_config"] = {**FlashConfig(gate_bits=gate_bits).to_dict(), "ffn": describe(source)}
@@ -280,7 +306,7 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
         The files written, gates.safetensors among them where there are sketches.
     """
     shards = _shards(source, max_shard_bytes)
-    identity = f"{source.identity()}-{gate_bits}"
+    identity = _identity(source, gate_bits)
     weight_map: dict[str, str] = {}
     written: list[Path] = []
     with _gates_writer(source, output, gate_bits, identity) as gates:
@@ -295,6 +321,11 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
         written.append(output / GATES_NAME)
     write_index(output, weight_map, sum(p.stat().st_size for p in written))
     return written
+
+
+def _identity(source: Source, gate_bits: int) -> str:
+    """What a flash file was made from and how; the part before the first dash says from what."""
+    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}"
 
 
 def tensor_name(block: FFNBlock) -> str:
@@ -322,11 +353,15 @@ def _write_shard(
     geometry = {}
     specs = []
     for block in blocks:
+        survey = source.survey(block)
         layout = source.layout(block)
         geometry[tensor_name(block)] = {
             "index": block.index, "module": block.path, "n_neurons": block.d_ffn, "d_model": block.d_model,
             "d_out": block.d_out, "gated": layout.gated, "dtype": DTYPE_NAMES[layout.dtype],
         }  # fmt: skip
+        if survey is not None:
+            geometry[tensor_name(block)]["exponent"] = survey[0]
+            specs.append(TensorSpec(escapes_name(block.path), "I32", (survey[1], 2), 8 * survey[1]))
         run = max(1, RUN_BYTES // layout.row_bytes) * layout.row_bytes
         specs.append(
             TensorSpec(tensor_name(block), "U8", (block.d_ffn, layout.row_bytes), block.d_ffn * layout.row_bytes, run)
@@ -373,13 +408,27 @@ def _write_block(
     gate = None if block.gate is None else matrix(block.gate)
     up = matrix(block.up)
     if tensor_name(block) not in writer.done:
-        rows = layout.pack(up, matrix(block.down).t(), gate)
+        rows = dataclasses.replace(layout, packed=False).pack(up, matrix(block.down).t(), gate)
+        if layout.packed:
+            rows = _pack_rows(source, block, rows, writer)
         writer.write(tensor_name(block), rows.numpy().data)
         del rows
     if todo_sketch and gates is not None:
         sketch = Sketch.of(up if gate is None else gate, gate_bits, seed=block.index)
         for name, tensor in sketch.tensors().items():  # norm comes last and stands for all
             gates.write(f"{block.path}.sketch.{name}", tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def _pack_rows(source: Source, block: FFNBlock, rows: torch.Tensor, writer: TensorFileWriter) -> torch.Tensor:
+    """A block's bundles in 12 bits a weight; their escapes are written."""
+    survey, layout = source.survey(block), source.layout(block)
+    assert survey is not None
+    out = torch.zeros(block.d_ffn, layout.row_bytes, dtype=torch.uint8)
+    _, packing = pack(rows.view(torch.bfloat16)[:, : layout.n_elements], survey[0], out)
+    neurons = torch.arange(block.d_ffn, dtype=torch.int32).repeat_interleave(packing.start.diff())
+    pairs = torch.stack([neurons, packing.escapes], dim=1).contiguous()
+    writer.write(escapes_name(block.path), pairs.view(torch.uint8).numpy().data)
+    return out
 
 
 @contextlib.contextmanager
@@ -470,14 +519,13 @@ def repack_to_cache(source: Source, config: FlashConfig, name: str) -> Path:
 
     root = Path(config.cache_dir) if config.cache_dir else default_cache()
     leaf = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).name) or "model"
-    identity = source.identity()
-    folder = root / f"{leaf}-{identity[:16]}-{config.gate_bits}bit"
+    folder = root / f"{leaf}-{source.identity()[:16]}-{config.gate_bits}bit"
     folder.mkdir(parents=True, exist_ok=True)
     sketches = [GATES_NAME] if any(source.can_certify(block) for block in source.blocks) else []
     with FileLock(folder / ".lock"):
         with contextlib.suppress(CheckpointError):
             names = [*flash_file_names(folder), *sketches]
-            if all(_is_complete(folder / name, f"{identity}-{config.gate_bits}") for name in names):
+            if all(_is_complete(folder / name, _identity(source, config.gate_bits)) for name in names):
                 return folder
         n_bytes = sum(source.n_bytes(block) for block in source.blocks)
         logger.warning_once(f"Repacking {name} for flash, once, into {folder}.")

@@ -72,7 +72,7 @@ def state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Resident tensors, streamed ones as views of their files, and a 0-element guard under each replaced name."""
     runtime = runtime_of(model)
     out = dict(model.state_dict())
-    for path in runtime.plan.streamed:
+    for path in (*runtime.plan.streamed, *runtime.plan.packed):
         assert runtime.located is not None
         entry = runtime.located.by_param[f"{path}.weight"]
         with safe_open(entry.path, framework="pt") as file:
@@ -95,7 +95,11 @@ def write_flash_side(model: PreTrainedModel, folder: Path) -> None:
     """Put the flash files into a folder: hard links where the file system allows, copies elsewhere."""
     runtime = runtime_of(model)
     assert runtime.store is not None
-    streamed = [runtime.located.by_param[f"{path}.weight"].path for path in runtime.plan.streamed if runtime.located]
+    streamed = [
+        runtime.located.by_param[f"{path}.weight"].path
+        for path in (*runtime.plan.streamed, *runtime.plan.packed)
+        if runtime.located
+    ]
     gone = [path for path in (*runtime.files.values(), runtime.gates_file, *streamed) if path and not path.is_file()]
     if gone:
         raise CheckpointError(

@@ -6,16 +6,17 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_flash.errors import CheckpointError, ChecksumError
-from hf_flash.format import TensorEntry, TensorFile, read_header
+from hf_flash.format import RUN_BYTES, TensorEntry, TensorFile, read_header, run_crcs
 from hf_flash.layout import BundleLayout
 from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.packing import Packing, can_pack, unpack
 from hf_flash.plan import IntArray
 from hf_flash.readers import Read, Reader, Ticket
 
@@ -54,10 +55,39 @@ class FlashLayer:
     rows: Extent2D
     layout: BundleLayout
     file_name: str
+    packing: Packing | None = None
 
     @property
     def n_neurons(self) -> int:
         return self.rows.n_rows
+
+    def split(
+        self, rows: torch.Tensor, neurons: slice | IntArray, scratch: Callable[[int, int], torch.Tensor]
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The three parts of some bundles in whole weights: views where they are not packed.
+
+        Args:
+            rows: [n, row_bytes] uint8.
+            neurons: whose they are.
+            scratch: gives memory for packed ones: (n, bytes of a row) -> [n, bytes] uint8.
+
+        Returns:
+            gate [n, d_model] or None, up [n, d_model], down [n, d_out], of the layout's dtype.
+        """
+        if self.packing is None:
+            return self.layout.split(rows)
+        whole = scratch(rows.shape[0], self.layout.n_elements * 2)
+        self.unpack(rows, neurons, whole.view(torch.bfloat16), (0, self.layout.n_elements))
+        return self.layout.split(whole)
+
+    def unpack(
+        self, rows: torch.Tensor, neurons: slice | IntArray, out: torch.Tensor, part: tuple[int, int]
+    ) -> torch.Tensor:
+        """Elements part[0] .. part[1] of some packed bundles, as bfloat16 into `out` [n, part[1] - part[0]]."""
+        assert self.packing is not None
+        if isinstance(neurons, slice):
+            return unpack(rows, self.packing.rows(neurons.start, neurons.stop), part=part, out=out)
+        return unpack(rows, self.packing, ids=torch.from_numpy(neurons), part=part, out=out)
 
 
 class FlashStore:
@@ -80,7 +110,7 @@ class FlashStore:
             header = read_header(path)
             _spot_check(header)
             for name, geometry in layers_of(header).items():
-                layer = self._layer(header.entries[name], geometry, file_name)
+                layer = self._layer(header, header.entries[name], geometry, file_name)
                 self.layers[layer.path] = layer
 
     @classmethod
@@ -88,10 +118,11 @@ class FlashStore:
         """Open the flash files that a folder's index names."""
         return cls({name: folder / name for name in flash_file_names(folder)}, reader)
 
-    def _layer(self, entry: TensorEntry, geometry: dict[str, Any], file_name: str) -> FlashLayer:
-        layout = BundleLayout(geometry["d_model"], geometry["d_out"], geometry["gated"], DTYPES[geometry["dtype"]])
+    def _layer(self, header: TensorFile, entry: TensorEntry, geometry: dict[str, Any], file_name: str) -> FlashLayer:
+        layout = layout_of(geometry)
         rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, *entry.shape)
-        return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name)
+        packing = _packing(header, geometry, layout) if layout.packed else None
+        return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name, packing)
 
     def submit_rows(
         self, layer: FlashLayer, rows: IntArray, targets: torch.Tensor, slots: IntArray, max_gap_rows: int = 0
@@ -185,15 +216,70 @@ def layers_of(header: TensorFile) -> dict[str, dict[str, Any]]:
     try:
         layers: dict[str, dict[str, Any]] = json.loads(raw)
         for name, layer in layers.items():
-            layout = BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]])
+            layout = layout_of(layer)
             shape = (layer["n_neurons"], layout.row_bytes)
             if header.entries[name].shape != shape or not {"index", "module"} <= set(layer):
                 raise ValueError(f"{name} is {list(header.entries[name].shape)}, expected {list(shape)}")
+            if layout.packed:
+                if not can_pack(layout.dtype, layout.d_model, layout.d_out) or not 0 <= layer["exponent"] <= 240:
+                    raise ValueError(f"{name} cannot be packed")
+                header.entries[escapes_name(layer["module"])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{header.path}: {LAYERS_KEY} in its header does not fit its tensors ({error!r}). Repack the checkpoint."
         ) from error
     return layers
+
+
+def layout_of(layer: Mapping[str, Any]) -> BundleLayout:
+    """Geometry of a layer's bundles, from what a header says of it."""
+    packed = layer.get("exponent") is not None
+    return BundleLayout(layer["d_model"], layer["d_out"], layer["gated"], DTYPES[layer["dtype"]], packed)
+
+
+def escapes_name(module: str) -> str:
+    """Tensor of the weights of a packed layer that have no code: I32 [m, 2], neuron and position << 16 | bits."""
+    return f"{module}.escapes"
+
+
+def _packing(header: TensorFile, geometry: Mapping[str, Any], layout: BundleLayout) -> Packing:
+    """A layer's escapes, read into DRAM.
+
+    Raises:
+        ChecksumError: they differ from their checksum. CheckpointError: they are not sorted, or of no neuron.
+    """
+    entry = header.entries[escapes_name(geometry["module"])]
+    data = read_checked(header, entry)
+    pairs = data.view(torch.int32).view(-1, 2)
+    neurons, n = pairs[:, 0], geometry["n_neurons"]
+    places = (pairs[:, 1].to(torch.int64) >> 16) & 0xFFFF
+    if len(pairs) and not (neurons[0] >= 0 and neurons[-1] < n and (neurons.diff() >= 0).all()):
+        raise CheckpointError(f"{header.path}: {entry.name} is not in order. Repack the checkpoint.")
+    if len(pairs) and not places.max() < layout.n_elements:
+        raise CheckpointError(f"{header.path}: {entry.name} names weights that are not there. Repack the checkpoint.")
+    start = torch.zeros(n + 1, dtype=torch.int32)
+    start[1:] = torch.bincount(neurons, minlength=n).cumsum(0)
+    return Packing(layout.n_elements, geometry["exponent"], start, pairs[:, 1].contiguous())
+
+
+def read_checked(header: TensorFile, entry: TensorEntry) -> torch.Tensor:
+    """All bytes of a tensor, compared with their checksum: for what would be wrong everywhere if one bit were.
+
+    Returns:
+        [n_bytes] uint8.
+
+    Raises:
+        CheckpointError: the file ended early. ChecksumError: the bytes differ.
+    """
+    out = torch.empty(entry.n_bytes, dtype=torch.uint8, device="cpu")
+    with open(header.path, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        if file.readinto(out.numpy().data) != entry.n_bytes:
+            raise CheckpointError(f"{header.path} ended inside {entry.name}. Fetch it again.")
+    run_bytes, crcs = header.checksums.get(entry.name, (RUN_BYTES, []))
+    if crcs and run_crcs(out.numpy().data, run_bytes) != crcs:
+        raise ChecksumError(f"{header.path}: {entry.name} differs from its checksum. Fetch the file again, or repack.")
+    return out
 
 
 def _spot_check(header: TensorFile, n_runs: int = 1) -> None:

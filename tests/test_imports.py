@@ -13,8 +13,8 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops
-what there is    layout  families  config  window  budget  native  check
+words            errors  stats  memory  plan  ops  families  native  packing
+what there is    layout  config  window  budget  check
 files            format  readers  gates  card
 a checkpoint     store  checkpoint  hub  output
 rows in DRAM     cache  stream

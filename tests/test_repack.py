@@ -534,5 +534,5 @@ def test_memory_is_one_layer_s_not_the_model_s(tmp_path: Path) -> None:
     grown = int(done.stdout.split("PEAK")[1])
     ffn = sum((tmp_path / "flash" / name).stat().st_size for name in flash_file_names(tmp_path / "flash"))
     layer = ffn / 8
-    assert ffn > 190e6
+    assert ffn > 150e6
     assert grown < 4 * layer, f"grew by {grown / 1e6:.0f} MB; a layer is {layer / 1e6:.0f} MB, all are {ffn / 1e6:.0f}"

@@ -1,30 +1,7 @@
 // The sparse FFN over slots: a few tokens, some neurons, no row copied. Reference: ops.hidden and ops.project.
-#include "common.h"
+#include "ffn.h"
 
 namespace {
-
-enum Act { RELU = 0, RELU_SQUARED = 1, FATRELU = 2, RELU6 = 3 };
-
-struct Ffn {
-  const float *x;           // [T, d], exact values of the model's dtype
-  int64_t T, d, d_out;
-  const uint8_t *rows;      // [n_slots, stride]
-  int64_t stride;
-  const int64_t *slots;     // [n]
-  const float *gate_bias, *up_bias;  // [n] or null
-  int gated, act, round_dtype;
-  float threshold;
-  int64_t n;
-};
-
-INLINE float activate(float z, int act, float threshold) {
-  switch (act) {
-    case RELU_SQUARED: { float r = z <= 0 ? 0 : z; return r * r; }  // NaN stays NaN, as in torch
-    case FATRELU: return z > threshold ? z : 0;                     // but not here
-    case RELU6: { float r = z <= 0 ? 0 : z; return r >= 6 ? 6 : r; }
-    default: return z <= 0 ? 0 : z;
-  }
-}
 
 // One instance per stored dtype: W is the element, LOAD(w) its float value.
 #define DEFINE_FFN(NAME, W, LOAD)                                                                       \
@@ -68,7 +45,7 @@ DEFINE_FFN(ffn_bf16, uint16_t, from_bf16)
 
 extern "C" {
 
-int hf_flash_abi() { return 1; }
+int hf_flash_abi() { return 2; }
 
 // out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.
 int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
@@ -76,20 +53,9 @@ int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out,
                             int dtype, int round_dtype, int act, float threshold, float *out) {
   Ffn f{x, T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
   auto kernel = dtype == BF16 ? ffn_bf16 : dtype == F16 ? ffn_f16 : ffn_f32;
-  int threads = max_threads();
-  if (n < 16 * threads) threads = 1;
-  std::vector<float> acc(static_cast<size_t>(threads) * T * d_out, 0.0f);
-  std::vector<int64_t> fired(threads * 8, 0);
-  in_parallel(threads, [&](int me) {
-    kernel(&f, n * me / threads, n * (me + 1) / threads, acc.data() + static_cast<size_t>(me) * T * d_out, &fired[me * 8]);
+  return sum_parts(n, T * d_out, out, [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
+    kernel(&f, begin, end, acc, fired);
   });
-  int64_t total = 0;
-  for (int me = 0; me < threads; me++) {
-    total += fired[me * 8];
-    const float *part = acc.data() + static_cast<size_t>(me) * T * d_out;
-    for (int64_t j = 0; j < T * d_out; j++) out[j] += part[j];
-  }
-  return total;
 }
 
 }  // extern "C"

@@ -1,0 +1,186 @@
+// Rows of bfloat16 in 12 bits a weight: unpacked, multiplied and summed as they are. Reference: packing.py.
+//
+// A row of E weights is E bytes (sign and mantissa) and E / 2 bytes of exponent codes, 4 bits each: code 0 is exponent
+// 0 (zero and subnormal numbers), code c is exponent base + c. What does not fit is an escape: it is stored as a number
+// below 2^-126, which adds nothing to a sum, and its true value is added from a list in DRAM.
+#include "ffn.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 64;  // weights whose 64 codes lie in 32 bytes: byte j has those of weights j and j + 32
+
+struct alignas(16) Tables {  // by code: the exponent's upper 7 bits, and its lowest as the top bit of the lower byte
+  uint8_t high[16], low[16];
+};
+
+struct Packed {  // how rows of E weights are packed
+  int64_t E;
+  uint32_t base;
+  const int32_t *start;     // [n_rows + 1] where a row's escapes begin
+  const uint32_t *escapes;  // position << 16 | value
+  Tables tables;
+
+  Packed(int64_t n, int exponent, const int32_t *begin, const uint32_t *list)
+      : E(n), base(static_cast<uint32_t>(exponent)), start(begin), escapes(list) {
+    for (uint32_t c = 0; c < 16; c++) {
+      const uint32_t e = c ? base + c : 0;
+      tables.high[c] = static_cast<uint8_t>(e >> 1), tables.low[c] = static_cast<uint8_t>((e & 1) << 7);
+    }
+  }
+};
+
+// Where the loops keep value j: by block of 64, first the even ones of the first 8 of every 16, then their odd ones, then
+// those of the second 8.
+INLINE int64_t shuffled(int64_t j) {
+  const int64_t lane = j / 16 % 4, k = j % 16;
+  return j / BLOCK * BLOCK + k / 8 * 32 + k % 2 * 16 + lane * 4 + k % 8 / 2;
+}
+
+// Packs rows; returns how many escapes they have, which go to `escapes` where that is not null.
+int64_t pack_rows(const uint16_t *from, int64_t from_stride, int64_t n, int64_t E, uint32_t base, uint8_t *rows,
+                  int64_t stride, int32_t *start, uint32_t *escapes) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint16_t *w = from + i * from_stride;
+    uint8_t *row = rows + i * stride;
+    start[i] = static_cast<int32_t>(count);
+    for (int64_t j = 0; j < E; j += BLOCK) {
+      uint8_t codes[BLOCK];
+      for (int64_t k = 0; k < BLOCK; k++) {
+        const uint16_t v = w[j + k];
+        const uint32_t exponent = (v >> 7) & 255u, code = exponent - base;
+        row[j + k] = static_cast<uint8_t>(((v >> 8) & 0x80) | (v & 0x7f));
+        const bool fits = exponent == 0 || (code >= 1 && code <= 15);
+        codes[k] = static_cast<uint8_t>(exponent && fits ? code : 0);
+        if (!fits) {
+          if (escapes) escapes[count] = static_cast<uint32_t>(j + k) << 16 | v;
+          count++;
+        }
+      }
+      for (int64_t k = 0; k < 32; k++) row[E + j / 2 + k] = static_cast<uint8_t>(codes[k] | codes[k + 32] << 4);
+    }
+  }
+  start[n] = static_cast<int32_t>(count);
+  return count;
+}
+
+}  // namespace
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace {
+namespace v4 {
+#define LEVEL 4
+#include "packed_loops.h"
+#undef LEVEL
+}  // namespace v4
+}  // namespace
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace {
+namespace v3 {
+#define LEVEL 3
+#include "packed_loops.h"
+#undef LEVEL
+}  // namespace v3
+}  // namespace
+#pragma GCC pop_options
+#define CALL(NAME, ...) \
+  (level() == 4 ? v4::NAME(__VA_ARGS__) : level() == 3 ? v3::NAME(__VA_ARGS__) : plain::NAME(__VA_ARGS__))
+#else
+#define CALL(NAME, ...) plain::NAME(__VA_ARGS__)
+#endif
+
+namespace {
+namespace plain {
+#define LEVEL 1
+#include "packed_loops.h"
+#undef LEVEL
+}  // namespace plain
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+int level() {
+  static const int found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")
+                               ? 4
+                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                                   __builtin_cpu_supports("bmi2")
+                               ? 3
+                               : 2;
+  return found;
+}
+#endif
+
+std::vector<float> shuffle(const float *x, int64_t T, int64_t d) {
+  std::vector<float> out(static_cast<size_t>(T * d));
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < d; j++) out[static_cast<size_t>(t * d + shuffled(j))] = x[t * d + j];
+  return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Packs rows; returns how many escapes they have, which go to `escapes` where that is not null.
+int64_t hf_flash_pack(const uint16_t *from, int64_t from_stride, int64_t n, int64_t E, int base, uint8_t *rows,
+                      int64_t stride, int32_t *start, uint32_t *escapes) {
+  return pack_rows(from, from_stride, n, E, static_cast<uint32_t>(base), rows, stride, start, escapes);
+}
+
+// counts[e] += how many of n values have exponent e.
+void hf_flash_exponents(const uint16_t *values, int64_t n, int64_t *counts) {
+  std::vector<int64_t> some(4 * 256, 0);  // four tables: one would wait for itself
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4)
+    for (int k = 0; k < 4; k++) some[static_cast<size_t>(256 * k + ((values[i + k] >> 7) & 255))]++;
+  for (; i < n; i++) some[(values[i] >> 7) & 255]++;
+  for (size_t e = 0; e < 256; e++) counts[e] += some[e] + some[256 + e] + some[512 + e] + some[768 + e];
+}
+
+void hf_flash_unpack(const uint8_t *rows, int64_t stride, const int64_t *slots, const int64_t *ids, int64_t n, int64_t E,
+                     int base, const int32_t *start, const uint32_t *escapes, int64_t from, int64_t upto, uint16_t *out,
+                     int64_t out_stride) {
+  const Packed p(E, base, start, escapes);
+  const int threads = n * (upto - from) < 65536 * max_threads() ? 1 : max_threads();
+  in_parallel(threads, [&](int me) {
+    CALL(unpack, &p, rows, stride, slots, ids, n * me / threads, n * (me + 1) / threads, from, upto, out, out_stride);
+  });
+}
+
+// out [T, n] = x [T, E] times the rows.
+void hf_flash_packed_matvec(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
+                            const uint32_t *escapes, const float *x, int64_t T, float *out) {
+  const Packed p(E, base, start, escapes);
+  const std::vector<float> mixed = shuffle(x, T, E);
+  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
+  in_parallel(threads, [&](int me) {
+    CALL(matvec, &p, rows, stride, n * me / threads, n * (me + 1) / threads, mixed.data(), T, n, out);
+  });
+}
+
+// out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.
+int64_t hf_flash_packed_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
+                            const int64_t *slots, const int64_t *ids, int64_t n, const float *gate_bias,
+                            const float *up_bias, int gated, int base, const int32_t *start, const uint32_t *escapes,
+                            int round_dtype, int act, float threshold, float *out) {
+  const std::vector<float> mixed = shuffle(x, T, d);
+  std::vector<float> sums(static_cast<size_t>(T * d_out), 0.0f);
+  const Ffn f{mixed.data(), T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
+  const Packed p(d * (gated ? 2 : 1) + d_out, base, start, escapes);
+  const int64_t fired = sum_parts(n, T * d_out, sums.data(), [&](int64_t begin, int64_t end, float *acc, int64_t *some) {
+    CALL(ffn, &f, &p, ids, begin, end, acc, some);
+  });
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < d_out; j++) out[t * d_out + j] += sums[static_cast<size_t>(t * d_out + shuffled(j))];
+  return fired;
+}
+
+}  // extern "C"
