@@ -22,12 +22,12 @@ from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_p
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
-from hf_flash.engine import GATE_TOKENS, SparseEngine, SweepEngine, WorkBuffers
+from hf_flash.engine import SparseEngine, SweepEngine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
 from hf_flash.format import SOURCE_KEY, TensorFile, read_header
-from hf_flash.gates.certified import BLOCK_NEURONS, CertifiedGate, Sketch, sketch_bytes
+from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedLinear
 from hf_flash.memory import trim_malloc
@@ -79,7 +79,7 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
     Raises:
         CheckpointError: a file is missing or torn.
     """
-    kinds = json.loads(read_header(gates_file).metadata.get(GATES_KEY, "{}")) if gates_file else {}
+    kinds = sketches_in(gates_file) if gates_file else {}
     out = {}
     for path in files.values():
         for layer in layers_of(read_header(path)).values():
@@ -87,6 +87,12 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
             bits = kinds.get(layer["module"], {}).get("bits", 0)
             out[layer["module"]] = Geometry(layout, layer["n_neurons"], bits)
     return out
+
+
+def sketches_in(gates_file: Path) -> dict[str, dict[str, Any]]:
+    """What a gates file says of its sketches, by module path; kinds that are not known are left out."""
+    kinds = json.loads(read_header(gates_file).metadata.get(GATES_KEY, "{}"))
+    return {path: kind for path, kind in kinds.items() if kind.get("kind") == SKETCH_KIND}
 
 
 def match_geometry(blocks: list[FFNBlock], geometry: Mapping[str, Geometry], where: str) -> None:
@@ -190,10 +196,11 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
             "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
         )
     scratch = GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8
+    stored = range(4, geometry.sketch_bits + 1) if certified else ()
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
-        sketch_bytes(n, layout.d_model, geometry.sketch_bits) if certified else 0, scratch if certified else 0,
-        layout.packed,
+        tuple(sketch_bytes(n, layout.d_model, bits) for bits in stored),
+        scratch if certified else 0, layout.packed,
     )  # fmt: skip
 
 
@@ -296,7 +303,9 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens, plan.unpacked)
             else:
                 threshold = zero_below(module.own_activation) or 0.0
-                gate = CertifiedGate(sketches.load(layer.path), config.delta, threshold, layer.layout.dtype)
+                gate = CertifiedGate(
+                    sketches.load(layer.path, plan.gate_bits), config.delta, threshold, layer.layout.dtype
+                )
                 cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
@@ -328,18 +337,21 @@ class _Sketches:
 
     def __init__(self, path: Path | None) -> None:
         self._file: TensorFile | None = read_header(path) if path else None
-        self._kinds = json.loads(self._file.metadata.get(GATES_KEY, "{}")) if self._file else {}
+        self._kinds = sketches_in(path) if path else {}
 
-    def load(self, path: str) -> Sketch:
-        assert self._file is not None
-        tensors = {}
-        for name, dtype in (
-            ("codes", torch.uint8), ("step", torch.bfloat16), ("error", torch.bfloat16), ("norm", torch.float32),
-        ):  # fmt: skip
-            entry = self._file.entries[f"{path}.sketch.{name}"]
-            tensors[name] = read_checked(self._file, entry).view(dtype).view(entry.shape)
-        kind = self._kinds[path]
-        return Sketch(bits=kind["bits"], d_model=kind["d_model"], **tensors)
+    def load(self, path: str, bits: int) -> Sketch:
+        """The first `bits` bits of a module's sketch."""
+        file, kind = self._file, self._kinds[path]
+        assert file is not None
+        dtypes = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+
+        def tensor(name: str) -> torch.Tensor:
+            entry = file.entries[f"{path}.sketch.{name}"]
+            return read_checked(file, entry).view(dtypes[entry.dtype]).view(entry.shape)
+
+        planes = [tensor(f"plane{i}") for i in range(5, bits + 1)]
+        step, norm = tensor("step"), tensor("norm")
+        return Sketch(tensor("nibbles"), planes, step, norm, tensor("dither"), kind["d_model"])
 
 
 def make_resident(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ whatever matrix it belongs to, except for an input embedding, of which a token n
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from hf_flash.layout import format_size, round_up
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 N_BUFFERS = 4
+WANTED = (
+    0.147,
+    0.089,
+    0.067,
+    0.058,
+    0.054,
+)  # share of neurons that a sketch of 4, 5, ... bits wants where 1 in 20 fires
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
 RUNTIME_BYTES = 18 << 20
 
@@ -38,16 +46,21 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An FFN layer: bytes of a row, bytes of its matrices without padding, of its sketch (0: gate `all`)."""
+    """An FFN layer: bytes of a row, of its matrices, and of its sketch in 4, 5, ... bits (none: gate `all`)."""
 
     path: str
     n_neurons: int
     row_bytes: int
     matrix_bytes: int
     down_bytes: int  # the down matrix in the dtype of the computation
-    sketch_bytes: int
+    sketches: tuple[int, ...] = ()
     gate_scratch_bytes: int = 0
     packed: bool = False  # rows are: what is computed on is unpacked first
+
+    @property
+    def sketch_bytes(self) -> int:
+        """Bytes of the whole sketch; 0 for gate `all`."""
+        return self.sketches[-1] if self.sketches else 0
 
     def pinned_bytes(self, unpacked: bool) -> int:
         """DRAM that the layer takes when it stays there: packed, or as the stock matrices."""
@@ -89,6 +102,7 @@ class Plan:
         gates: FFN path -> "all" or "certified".
         pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
         slots: FFN path -> slots (gate `certified`).
+        gate_bits: bits of the sketches that are kept in DRAM (0: there are none).
         streamed: paths of the matrices that are streamed.
         packed: paths of the resident matrices that are kept in 12 bits a weight.
         unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
@@ -102,6 +116,7 @@ class Plan:
     gates: dict[str, str]
     pinned_rows: dict[str, int]
     slots: dict[str, int]
+    gate_bits: int
     streamed: list[str]
     packed: list[str]
     unpacked: bool
@@ -174,7 +189,7 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
         "activations": demand.activation_bytes,
         "tokenizer": demand.tokenizer_bytes,
         "runtime": RUNTIME_BYTES,
-        "gates": sum(layer.sketch_bytes for layer in certified),
+        "gates": 0,
         "batches": _batch_bytes(demand, certified, chunk),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
     }
@@ -185,14 +200,34 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
     everything += sum(layer.n_neurons * layer.row_bytes for layer in certified)
     whole = _Choice([], [], sum(m.n_bytes for m in demand.matrices), everything, True)
     for choice in (whole, *(_choice(rest, n, lookups, certified) for n in range(len(rest), -1, -1))):
-        ring = (
-            _ring_bytes(demand, choice.streamed, chunk) if sweeps or any(not m.lookup for m in choice.streamed) else 0
-        )
-        if choice.resident_bytes + ring + choice.least_bytes <= spare:
-            return _finish(
-                demand, memory, chunk, {**parts, "stream": ring, "resident matrices": choice.resident_bytes}, choice
-            )
+        needs_ring = sweeps or any(not m.lookup for m in choice.streamed)
+        ring = _ring_bytes(demand, choice.streamed, chunk) if needs_ring else 0
+        left = spare - choice.resident_bytes - ring
+        bits, gates = _sketch_bits(certified, left, choice.least_bytes)
+        if choice.least_bytes + gates <= left:
+            parts |= {"gates": gates, "stream": ring, "resident matrices": choice.resident_bytes}
+            return _finish(demand, memory, chunk, parts, choice, bits)
     return None
+
+
+def _sketch_bits(certified: Sequence[Layer], left: int, least: int) -> tuple[int, int]:
+    """Bits of the sketches with which a token is expected to read least, and their bytes.
+
+    More bits name fewer neurons in vain and leave less DRAM to cache them in. How many are wanted for 1 in 20 that fire
+    follows from the bound for normal weights and inputs (docs/log.md); a cache of c misses exp(-c / 1.7 wanted) of them
+    (the paper's window: 24 % of the neurons hold three quarters of the 10 % that a token wants).
+    """
+    if not certified:
+        return 0, 0
+    rows = sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    best, lowest = (4, sum(layer.sketches[0] for layer in certified)), float("inf")
+    for bits in range(4, 4 + min(len(layer.sketches) for layer in certified)):
+        n_bytes = sum(layer.sketches[bits - 4] for layer in certified)
+        wanted = WANTED[bits - 4]
+        read = wanted * math.exp(-max(0, left - n_bytes) / rows / (1.7 * wanted))
+        if n_bytes + least <= left and read < lowest:
+            best, lowest = (bits, n_bytes), read
+    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +267,7 @@ def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
     return N_BUFFERS * (round_up(longest, 4096) + 8192)
 
 
-def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice) -> Plan:
+def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice, bits: int) -> Plan:
     """Give what is left to the FFNs: slots in proportion, pinned layers spread evenly, one of them in part."""
     left = memory - sum(parts.values())
     certified = [layer for layer in demand.layers if layer.sketch_bytes]
@@ -252,7 +287,7 @@ def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choi
     return Plan(
         memory=memory, parts={**parts, "FFN cache": held},
         gates={layer.path: "certified" if layer.sketch_bytes else "all" for layer in demand.layers},
-        pinned_rows=pinned, slots=slots, streamed=[m.path for m in choice.streamed],
+        pinned_rows=pinned, slots=slots, gate_bits=bits, streamed=[m.path for m in choice.streamed],
         packed=[m.path for m in choice.packed], unpacked=choice.unpacked, bytes_per_token=read,
         chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens, context=demand.context,
         batch_size=demand.batch_size,

@@ -108,7 +108,7 @@ def contents(
 
 
 def _layers(flash: dict[str, Path], gates: Path | None) -> list[LayerContents]:
-    kinds = json.loads(read_header(gates).metadata.get(attach.GATES_KEY, "{}")) if gates else {}
+    kinds = attach.sketches_in(gates) if gates else {}
     found: list[tuple[int, LayerContents]] = []
     for name, path in flash.items():
         header = read_header(path)

@@ -28,7 +28,6 @@ from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.stream import Stream
 
-GATE_TOKENS = 64  # tokens scored at a time: bounds the gate's scratch memory
 TRANSPOSE_ROWS = 128  # rows transposed at a time: stays in the CPU cache
 
 
@@ -332,13 +331,10 @@ class SparseEngine(Engine):
         return y, int(fired.sum())
 
     def _wanted(self, flat: torch.Tensor, biases: Biases) -> tuple[IntArray, IntArray]:
-        """Neurons that any token wants, and those that the last one does; both sorted."""
+        """Neurons that any token wants, and (where they do not all fit) those that the last one does; both sorted."""
         bias = biases.gate if self.layer.layout.gated else biases.up
-        union = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
-        for tokens in flat.split(GATE_TOKENS):
-            wanted, recent = self.gate.decide(tokens, bias)
-            union |= wanted
-        return union.nonzero()[:, 0].numpy(), recent.nonzero()[:, 0].numpy()
+        neurons, recent = self.gate.decide(flat, bias)
+        return neurons, neurons if self.cache.fits(neurons) else recent.nonzero()[:, 0].numpy()
 
     def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         flat = x.reshape(-1, x.shape[-1])

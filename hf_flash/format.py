@@ -21,7 +21,8 @@ from typing import Any
 from hf_flash.errors import CheckpointError, ChecksumError, DiskFullError
 from hf_flash.layout import DATA_ALIGN, format_size, round_up
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = ("1", "2")  # version 1 knows no packed bundles, and its sketches are not read any more
 PAD_PREFIX = "hf_flash.pad."
 SOURCE_KEY = "hf_flash.source"  # header metadata: identity of the checkpoint that a file was made from
 RUN_BYTES = 1 << 20  # a checksum covers about this much
@@ -102,9 +103,9 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, st
         header: dict[str, Any] = json.loads(raw)
         metadata: dict[str, str] = header.pop("__metadata__", {})
         version = metadata.get("hf_flash.format_version", str(FORMAT_VERSION))
-        if version != str(FORMAT_VERSION):  # before anything else is made of it
+        if version not in READABLE:  # before anything else is made of it
             raise CheckpointError(
-                f"{path} has flash checkpoint format {version}, this hf_flash reads format {FORMAT_VERSION}. "
+                f"{path} has flash checkpoint format {version}, this hf_flash reads format {' and '.join(READABLE)}. "
                 "`pip install -U hf_flash`, or repack the source checkpoint."
             )
         entries = {}

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.activations import ReLUSquaredActivation
 from transformers.utils import logging
 
 from hf_flash.families import zero_below
+from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
@@ -45,9 +47,9 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the C signatures, in the order of the files in _native."""
     lib.hf_flash_sparse_ffn.restype = _I
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
-    lib.hf_flash_gate_scan.restype = None
-    lib.hf_flash_gate_scan.argtypes = [
-        _P, _P, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _P, _P,
+    lib.hf_flash_gate.restype = _I
+    lib.hf_flash_gate.argtypes = [
+        _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _F, _F, _F, _F, _P, _P,
     ]  # fmt: skip
     lib.hf_flash_pack.restype = _I
     lib.hf_flash_pack.argtypes = [_P, _I, _I, _I, _N, _P, _I, _P, _P]
@@ -142,36 +144,35 @@ def sparse_ffn(
     return out, int(fired)
 
 
-def gate_scan(
-    x: torch.Tensor, squares: torch.Tensor, size: torch.Tensor, sketch: Any, slack: torch.Tensor,
-    bias: torch.Tensor | None, log_delta: float | None, gamma: float, unit: float, threshold: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def gate(
+    x: torch.Tensor, sketch: Any, offset: torch.Tensor, bias: torch.Tensor | None, log_term: float | None,
+    gamma: float, per_norm: float, tiny: float, unit: float, threshold: float, judged: tuple[float, float],
+) -> tuple[IntArray, torch.Tensor]:  # fmt: skip
     """Which neurons cannot be proved silent. Reference: `CertifiedGate.upper`, which has the same quantities.
 
     Args:
-        x: [T, groups * 64] float32, zero-padded.
-        squares: [T, groups] float32, |x_g|^2 from above.
-        size: [T] float32, |x|, infinite where the token wants every neuron.
-        sketch: a `Sketch`.
-        slack: [n] float32, what arithmetic may add to a score, per |x|.
+        x: [T, d_model], T <= MAX_TOKENS.
+        sketch: a `Sketch`; offset: its `offset()`.
         bias: [n] float32 or None.
-        log_delta: ln(1/delta) / 2, None for the deterministic bound alone.
-        gamma, unit, threshold: as in `CertifiedGate`.
+        log_term: ln(1/delta) / 6, None for the deterministic bound alone.
+        gamma, per_norm, tiny, unit, threshold: as in `CertifiedGate`.
+        judged: largest entries between which a token is judged.
 
     Returns:
-        [n] bool: any token wants it; [n] bool: the last one does.
+        Sorted neurons that any token wants; [n] bool, True where the last one does.
     """
-    assert _lib is not None and x.is_contiguous() and squares.is_contiguous() and size.is_contiguous()
-    n, groups = sketch.step.shape
-    norms = squares.sqrt()
-    wanted, recent = torch.empty(2, n, dtype=torch.bool, device="cpu")
-    _lib.hf_flash_gate_scan(
-        x.data_ptr(), squares.data_ptr(), norms.data_ptr(), size.data_ptr(), x.shape[0], groups, n,
-        sketch.codes.data_ptr(), sketch.step.data_ptr(), sketch.error.data_ptr(), slack.data_ptr(), _pointer(bias),
-        sketch.bits, -1.0 if log_delta is None else log_delta, gamma, unit, threshold,
-        wanted.data_ptr(), recent.data_ptr(),
+    assert _lib is not None
+    x32 = x.float().contiguous()
+    n = sketch.norm.shape[0]
+    ids, recent = np.empty(n, np.int64), torch.empty(n, dtype=torch.bool, device="cpu")
+    planes = [plane.data_ptr() for plane in sketch.planes] + [None] * (4 - len(sketch.planes))
+    n_ids = _lib.hf_flash_gate(
+        x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
+        sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), _pointer(bias), sketch.bits,
+        -1.0 if log_term is None else log_term, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
+        recent.data_ptr(),
     )  # fmt: skip
-    return wanted, recent
+    return ids[:n_ids], recent
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

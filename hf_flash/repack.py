@@ -40,8 +40,8 @@ from hf_flash.format import (
     explain_full_disk,
     read_header,
 )
-from hf_flash.gates.certified import GROUP, Sketch
-from hf_flash.layout import BundleLayout, parse_size, round_up
+from hf_flash.gates.certified import SKETCH_KIND, Sketch, sketch_tensors
+from hf_flash.layout import BundleLayout, parse_size
 from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
 from hf_flash.packing import MAX_ESCAPES, can_pack, choose_base, count_exponents, pack
 from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, escapes_name, flash_file_names, write_index
@@ -439,15 +439,9 @@ def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Ite
         return
     specs = []
     for block in blocks:
-        groups = round_up(block.d_model, GROUP) // GROUP
-        n, name = block.d_ffn, f"{block.path}.sketch"
-        specs += [
-            TensorSpec(f"{name}.codes", "U8", (n, groups * 8 * bits), n * groups * 8 * bits),
-            TensorSpec(f"{name}.step", "BF16", (n, groups), 2 * n * groups),
-            TensorSpec(f"{name}.error", "BF16", (n, groups), 2 * n * groups),
-            TensorSpec(f"{name}.norm", "F32", (n,), 4 * n),
-        ]
-    kinds = {b.path: {"kind": "sketch", "bits": bits, "d_model": b.d_model} for b in blocks}
+        tensors = sketch_tensors(block.d_ffn, block.d_model, bits).items()
+        specs += [TensorSpec(f"{block.path}.sketch.{name}", *spec) for name, spec in tensors]
+    kinds = {b.path: {"kind": SKETCH_KIND, "bits": bits, "d_model": b.d_model} for b in blocks}
     metadata = {GATES_KEY: json.dumps(kinds), SOURCE_KEY: identity}
     with contextlib.closing(TensorFileWriter(output / GATES_NAME, specs, metadata, identity=identity)) as writer:
         yield writer

@@ -25,8 +25,9 @@ def layers(draw: st.DrawFn) -> list[Layer]:
     for i in range(draw(st.integers(1, 12))):
         n, row, certified = kinds[i % len(kinds)]
         matrix = n * (row - draw(st.integers(0, 511)) // 2 * 2)
-        sketch, scratch = (n * row // 4, n * 1536 + 500_000) if certified else (0, 0)
-        out.append(Layer(f"layers.{i}.mlp", n, row, matrix, matrix // 3, sketch, scratch))
+        full = n * row // 4
+        sketches, scratch = (tuple(full * b // 8 for b in range(4, 9)), n * 1536 + 500_000) if certified else ((), 0)
+        out.append(Layer(f"layers.{i}.mlp", n, row, matrix, matrix // 3, sketches, scratch))
     return out
 
 

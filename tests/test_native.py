@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.activations import ReLUSquaredActivation
@@ -66,7 +71,8 @@ def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased) -> None:
     gate = CertifiedGate(Sketch.of(weight, bits), delta, 0.0, dtype)
     for n_tokens in (1, 2, 8):
         x = torch.randn(n_tokens, d_model).to(dtype)
-        any_token, last = gate.decide(x, bias)
+        ids, last = gate.decide(x, bias)
+        any_token = torch.zeros(n, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids), True)
         upper = gate.upper(x, bias)
         sure = (upper.abs() > 1e-4 * upper.abs().max()).all(0)  # elsewhere the order of a float sum decides
         wanted = gate.wanted(x, bias)
@@ -81,4 +87,18 @@ def test_gate_scan_wants_everything_where_nothing_is_promised(bad) -> None:
     gate = CertifiedGate(Sketch.of(torch.randn(64, 128)), weight_dtype=torch.float32)
     x = torch.zeros(1, 128)
     x[0, 3] = bad
-    assert gate.decide(x)[0].all() and gate.wanted(x).all()
+    assert len(gate.decide(x)[0]) == 64 and gate.wanted(x).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["avx2", "plain"])
+def test_loops_for_other_processors_agree_too(level: str) -> None:
+    """The same tests with the loops that an older processor would take."""
+    if os.environ.get("HF_FLASH_SIMD"):
+        pytest.skip("this is such a run")
+    files = [__file__, str(Path(__file__).with_name("test_packing.py"))]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        check=False, capture_output=True, text=True, env={**os.environ, "HF_FLASH_SIMD": level},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -23,7 +23,9 @@ def weights(n: int, size: int, seed: int = 0) -> torch.Tensor:
     torch.manual_seed(seed)
     out = (torch.randn(n, size) * 0.02).bfloat16()
     bits = out.view(torch.int16)
-    bits[0, :8] = torch.tensor([0, -32768, 1, 0x7F80, 0x7FC1, -128, 0x3F80, 0x4B00], dtype=torch.int16)  # zeros, inf, NaN
+    bits[0, :8] = torch.tensor(
+        [0, -32768, 1, 0x7F80, 0x7FC1, -128, 0x3F80, 0x4B00], dtype=torch.int16
+    )  # zeros, inf, NaN
     bits[n - 1, -1] = 0x0100
     return out
 

@@ -8,6 +8,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 #ifdef _OPENMP
@@ -71,6 +72,27 @@ INLINE float round_to(float v, int dtype) {
   if (dtype == F16) return round_f16(v);
   return v;
 }
+
+// Which of the namespaces v4 (AVX-512), v3 (AVX2) and plain runs here. Loops in intrinsics are included once for each.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+inline int level() {
+  static const int found = [] {
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd");
+    const char *most = std::getenv("HF_FLASH_SIMD");  // for tests: "avx2" or "plain"
+    const int limit = !most ? 4 : !std::strcmp(most, "avx2") ? 3 : !std::strcmp(most, "plain") ? 2 : 4;
+    const int best = v3 && v4 ? 4 : v3 ? 3 : 2;
+    return best < limit ? best : limit;
+  }();
+  return found;
+}
+#define CALL(NAME, ...) \
+  (level() == 4 ? v4::NAME(__VA_ARGS__) : level() == 3 ? v3::NAME(__VA_ARGS__) : plain::NAME(__VA_ARGS__))
+#else
+#define CALL(NAME, ...) plain::NAME(__VA_ARGS__)
+#endif
 
 inline int max_threads() {
 #ifdef _OPENMP

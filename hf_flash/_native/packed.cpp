@@ -92,10 +92,6 @@ namespace v3 {
 }  // namespace v3
 }  // namespace
 #pragma GCC pop_options
-#define CALL(NAME, ...) \
-  (level() == 4 ? v4::NAME(__VA_ARGS__) : level() == 3 ? v3::NAME(__VA_ARGS__) : plain::NAME(__VA_ARGS__))
-#else
-#define CALL(NAME, ...) plain::NAME(__VA_ARGS__)
 #endif
 
 namespace {
@@ -104,19 +100,6 @@ namespace plain {
 #include "packed_loops.h"
 #undef LEVEL
 }  // namespace plain
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-int level() {
-  static const int found = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")
-                               ? 4
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                                   __builtin_cpu_supports("bmi2")
-                               ? 3
-                               : 2;
-  return found;
-}
-#endif
 
 std::vector<float> shuffle(const float *x, int64_t T, int64_t d) {
   std::vector<float> out(static_cast<size_t>(T * d));

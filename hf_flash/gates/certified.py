@@ -4,26 +4,29 @@ The idea. A ReLU neuron with pre-activation z = w.x + b <= 0 contributes nothing
 know the sign of z one needs w only roughly: a few bits per weight in DRAM (the *sketch*) and a bound on what the
 rounding can hide.
 
-The sketch. Weights are quantized in groups of 64 along d_model with step s (one per neuron and group), each rounded up
-or down *at random* so that its mean is exact: q = floor(w / s + u), u uniform in [0, 1). The step leaves room, nothing
-is clipped. With w^ = s q and E = w - w^, the entries E_j are independent, have mean zero and lie in an interval of
-length s.
+The sketch. Weights are quantized in groups of 64 along d_model with a step s (one per neuron and group) and a
+*subtractive dither*: one random number U per column, uniform in [0, 1) and kept, is added before rounding down and
+taken off again by the reader, which puts the weight in the middle of its cell. So the errors E_j = w_j - w^_j are
+independent and uniform in [-s/2, s/2) whatever w is; nothing is clipped, because steps leave room. The dither is that
+of the 4-bit code; each further bit halves the cell, and U scaled up is uniform modulo the smaller cell too. So a sketch
+of 8 bits contains those of 7, 6, 5 and 4: up to four planes of one bit on top of a 4-bit code, as memory allows.
 
-The bound. For a fixed input x, w.x = w^.x + E.x where E.x is a sum of independent zero-mean terms, term j in an
-interval of length s_g |x_j|. Hoeffding's inequality gives
+The bound. For a fixed input x, w.x = w^.x + E.x, a sum of independent terms, term j uniform in an interval of length
+s_g |x_j|. A uniform variable is sub-Gaussian with its own variance (sinh(a)/a <= exp(a^2/6)), so by Chernoff
 
-    P(E.x > t) <= exp(-2 t^2 / sum_g s_g^2 |x_g|^2),  so  t_H = sqrt(ln(1/delta) / 2 * sum_g s_g^2 |x_g|^2)
+    P(E.x > t) <= exp(-6 t^2 / sum_g s_g^2 |x_g|^2),  so  t_P = sqrt(ln(1/delta) / 6 * sum_g s_g^2 |x_g|^2)
 
-fails with probability at most delta per decision (over the random rounding, which never saw x). Independently,
-Cauchy-Schwarz per group gives t_C = sum_g |E_g| |x_g|, which never fails. t = min(t_H, t_C).
+fails with probability at most delta per decision (over the dither, which never saw x); Hoeffding's inequality for
+rounding up or down at random, without a kept dither, gives 1.7 times as much. Independently,
+t_C = sum_g 4 s_g |x_g| never fails, as |E_g| <= sqrt(64) s_g / 2. t = min(t_P, t_C).
 
-"Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_H, and delta = 0 (t_C alone)
+"Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_P, and delta = 0 (t_C alone)
 is for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
 
 The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = m u / (1 - m u)
 with m = d_model + 8: the standard bound, relative to |w| |x|, of a sum of d_model float32 products in any order, with 8
 roundings to spare for what is done to it here.
-- Our score is off by at most gamma |w^| |x|, and |w^| <= |w| + |E|.
+- Our score is a sum over codes and one over what a code of 0 stands for: off by at most gamma (|w| + 24 |s|) |x|.
 - Weights stored wider than the model computes are rounded once: by u' |w| |x|, in float16 by 2^-25 an entry besides.
 - The dense model sums in float32, products and bias: gamma (|w| (1 + u') |x| + |b|).
 - It rounds to its dtype after the product, after the bias, or after both. Rounding is monotone, so with
@@ -45,9 +48,12 @@ import torch
 
 from hf_flash import native
 from hf_flash.layout import round_up
+from hf_flash.plan import IntArray
 
 GROUP = 64
+SKETCH_KIND = "dithered sketch"  # as gates.safetensors names it
 BLOCK_NEURONS = 512  # neurons dequantized at a time: bounds the scratch memory
+GATE_TOKENS = 64  # tokens scored at a time: the same
 _UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 _WEIGHTS, _INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
@@ -57,99 +63,126 @@ class Sketch:
     """A low-bit copy of the matrix that decides (gate rows, or up rows where there is no gate).
 
     Attributes:
-        codes: [n, groups * 8 * bits] uint8: a row's codes + 2^(bits-1), `bits` bits each, a little-endian bit stream.
-        step: [n, groups] bfloat16, the group's step s.
-        error: [n, groups] bfloat16, an upper bound of |E_g|.
-        norm: [n] float32, an upper bound of |w| + |E|; infinite for a neuron that is always wanted.
-        bits: 4 to 8.
+        nibbles: [n, groups * 32] uint8, the upper 4 bits of codes: of 64, byte j has those of j and of j + 32 (above).
+        planes: the next bits of the codes, upper first, each [n, groups * 8] uint8: bit j of 64 is that of code j.
+        step: [n, groups] bfloat16, the step of 4 bits; that of b bits is 2^(b - 4) times finer.
+        norm: [n] float32, an upper bound of |w| + 24 |step|; infinite for a neuron that is always wanted.
+        dither: [groups * 64] float32, U.
         d_model: columns of the matrix.
     """
 
-    codes: torch.Tensor
+    nibbles: torch.Tensor
+    planes: list[torch.Tensor]
     step: torch.Tensor
-    error: torch.Tensor
     norm: torch.Tensor
-    bits: int
+    dither: torch.Tensor
     d_model: int
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int = 8, seed: int = 0) -> Sketch:
-        """Quantize a matrix with stochastic rounding.
+        """Quantize a matrix.
 
         Args:
             weight: [n, d_model].
             bits: 4 to 8.
-            seed: of the random rounding; stored nowhere, any will do.
+            seed: of the dither.
         """
         assert 4 <= bits <= 8, bits
-        generator = torch.Generator().manual_seed(seed)
-        parts = [_quantize(block, bits, generator) for block in weight.split(BLOCK_NEURONS)]
-        codes, step, error, norm = (torch.cat(column) for column in zip(*parts, strict=True))
-        return cls(codes, step, error, norm, bits, weight.shape[1])
+        groups = round_up(weight.shape[1], GROUP) // GROUP
+        dither = torch.rand(groups * GROUP, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+        parts = [_quantize(block, bits, dither) for block in weight.split(BLOCK_NEURONS)]
+        codes, step, norm = (torch.cat(column) for column in zip(*parts, strict=True))
+        nibbles, *planes = split_codes(codes, bits)
+        return cls(nibbles, planes, step, norm, dither, weight.shape[1])
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 4 + len(self.planes)
 
     @property
     def n_bytes(self) -> int:
         """DRAM that the sketch takes."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    def with_bits(self, bits: int) -> Sketch:
+        """The sketch of fewer bits that this one contains; no copy."""
+        return dataclasses.replace(self, planes=self.planes[: bits - 4])
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, as gates.safetensors holds them."""
-        return {"codes": self.codes, "step": self.step, "error": self.error, "norm": self.norm}
+        planes = {f"plane{i}": plane for i, plane in enumerate(self.planes, start=5)}
+        return {"nibbles": self.nibbles, **planes, "step": self.step, "dither": self.dither, "norm": self.norm}
+
+    def offset(self) -> torch.Tensor:
+        """What a code of 0 stands for by column, in steps of `bits` bits: [groups * 64] float32."""
+        return 0.5 + (0.5 - self.dither) * 2.0 ** (self.bits - 4)
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows start..stop as float32 [n, d_model]."""
-        codes = _unpack(self.codes[start:stop], self.bits)  # [n, groups * 64] float32
+        codes = join_codes(self.nibbles[start:stop], [plane[start:stop] for plane in self.planes])
         n, groups = self.step[start:stop].shape
-        values = codes.view(n, groups, GROUP) * self.step[start:stop].float().unsqueeze(-1)
+        step = self.step[start:stop].float() / 2.0 ** (self.bits - 4)
+        values = (codes.float() - 2.0 ** (self.bits - 1) + self.offset()).view(n, groups, GROUP) * step.unsqueeze(-1)
         return values.view(n, groups * GROUP)[:, : self.d_model]
 
 
+def sketch_tensors(n_neurons: int, d_model: int, bits: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Dtype, shape and bytes of a sketch's tensors by name, known before it is made."""
+    n, groups = n_neurons, round_up(d_model, GROUP) // GROUP
+    planes = {f"plane{i}": ("U8", (n, groups * 8), n * groups * 8) for i in range(5, bits + 1)}
+    return {
+        "nibbles": ("U8", (n, groups * 32), n * groups * 32), **planes, "step": ("BF16", (n, groups), 2 * n * groups),
+        "dither": ("F32", (groups * GROUP,), 4 * groups * GROUP), "norm": ("F32", (n,), 4 * n),
+    }  # fmt: skip
+
+
 def sketch_bytes(n_neurons: int, d_model: int, bits: int) -> int:
-    """DRAM that a sketch will take, known before it is made."""
-    groups = round_up(d_model, GROUP) // GROUP
-    return n_neurons * (groups * (8 * bits + 4) + 4)
+    """DRAM that a sketch will take."""
+    return sum(n_bytes for _, _, n_bytes in sketch_tensors(n_neurons, d_model, bits).values())
 
 
-def _quantize(weight: torch.Tensor, bits: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+def _quantize(weight: torch.Tensor, bits: int, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [n, groups * 64] uint8, the step of 4 bits, and the norm."""
     n, d = weight.shape
     groups = round_up(d, GROUP) // GROUP
     size = weight.double().norm(dim=-1)
     w = torch.zeros(n, groups * GROUP, dtype=torch.float64)
     w[:, :d] = weight.nan_to_num(0.0, 0.0, 0.0)
     w = w.view(n, groups, GROUP)
-    top = 2 ** (bits - 1) - 1
     largest = w.abs().amax(-1)
-    step = (largest / top * (1 + 2.0**-6)).clamp_min(2.0**-100).bfloat16()  # rounded up, so nothing is clipped
+    # Rounded up, so that codes stay in range; 0 for zeros, which are exact.
+    step = torch.where(largest > 0, (largest / 7.5 * (1 + 2.0**-7)).clamp_min(2.0**-100), 0.0).bfloat16()
     s = step.double().unsqueeze(-1)
-    codes = torch.floor(w / s + torch.rand(w.shape, dtype=torch.float64, generator=generator))
-    assert codes.abs().max() <= top
-    error = w - codes * s
-    bound = (error.norm(dim=-1) * (1 + 2.0**-7)).bfloat16()  # rounded up
-    norm = ((size + error.flatten(1).norm(dim=-1)) * (1 + 1e-6)).float()
+    cells = torch.where(s > 0, w / s, 0.0).view(n, -1) + (dither.double() - 0.5)
+    codes = torch.floor(cells * 2 ** (bits - 4)) + 2 ** (bits - 1)
+    assert codes.min() >= 0
+    assert codes.max() < 2**bits
+    norm = ((size + 24 * step.double().norm(dim=-1)) * (1 + 1e-6)).float()
     judged = (size == 0) | ((norm >= _WEIGHTS[0]) & (norm <= _WEIGHTS[1]))
-    norm = torch.where(judged, norm, math.inf)
-    return _pack((codes + 2 ** (bits - 1)).view(n, -1).to(torch.int32), bits), step, bound, norm
+    return codes.to(torch.uint8), step, torch.where(judged, norm, math.inf)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[n, m] codes of `bits` bits (m a multiple of 8) -> [n, m * bits / 8] uint8, little-endian bit stream."""
-    if bits == 8:
-        return codes.to(torch.uint8)
-    n, m = codes.shape
-    eights = codes.view(n, m // 8, 8).to(torch.int64)
-    word = (eights << (torch.arange(8) * bits)).sum(-1)  # [n, m / 8], 8 * bits <= 56 bits
-    return ((word.unsqueeze(-1) >> (torch.arange(bits) * 8)) & 255).to(torch.uint8).reshape(n, -1)
-
-
-def _unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Inverse of `_pack`, shifted back to signed values: [n, m * bits / 8] uint8 -> [n, m] float32."""
-    if bits == 8:
-        return codes.float().sub_(128.0)
+def split_codes(codes: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Codes [n, groups * 64] uint8 of `bits` bits -> nibbles [n, groups * 32] and bits - 4 planes [n, groups * 8]."""
     n = codes.shape[0]
-    parts = codes.view(n, -1, bits).to(torch.int64)
-    word = (parts << (torch.arange(bits) * 8)).sum(-1)  # [n, m / 8]
-    eights = (word.unsqueeze(-1) >> (torch.arange(8) * bits)) & (2**bits - 1)
-    return eights.reshape(n, -1).float().sub_(float(2 ** (bits - 1)))
+    halves = (codes >> (bits - 4)).view(n, -1, 2, 32)
+    out = [(halves[:, :, 0] | halves[:, :, 1] << 4).reshape(n, -1)]
+    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    for k in range(bits - 5, -1, -1):
+        out.append((((codes >> k) & 1).view(n, -1, 8) * weight).sum(-1, dtype=torch.uint8))
+    return out
+
+
+def join_codes(nibbles: torch.Tensor, planes: list[torch.Tensor]) -> torch.Tensor:
+    """Inverse of `split_codes`: [n, groups * 64] uint8."""
+    n = nibbles.shape[0]
+    parts = nibbles.view(n, -1, 1, 32)
+    codes = torch.cat([parts & 15, parts >> 4], dim=2).view(n, -1)
+    for plane in planes:
+        bit = (plane.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        codes = codes << 1 | bit.view(n, -1)
+    return codes
 
 
 class CertifiedGate:
@@ -167,7 +200,9 @@ class CertifiedGate:
     ) -> None:
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
         self._weight_dtype = weight_dtype
-        self._log = -math.log(delta) / 2 if delta > 0 else None
+        self._log = -math.log(delta) / 6 if delta > 0 else None
+        self._offset = sketch.offset()
+        self._bias: tuple[object, torch.Tensor | None] = (None, None)  # the last bias that was seen, and as float32
         # A bar above 0 is lowered by what float16 rounds off near 0 and by what comparing in float32 does.
         self._bar = threshold * (1 - 2.0**-20) - 2.0**-24 if threshold > 0 else 0.0
 
@@ -183,16 +218,17 @@ class CertifiedGate:
         """
         unit, sketch, operand = _UNIT[x.dtype], self.sketch, _operand_unit()
         x32 = x.float()
-        _, squares, size = self._measure(x32)
+        squares, size = self._measure(x32)
         scores = torch.cat(
-            [x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t() for i in range(0, sketch.codes.shape[0], BLOCK_NEURONS)],
+            [x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t() for i in range(0, sketch.norm.shape[0], BLOCK_NEURONS)],
             dim=1,
         )  # [T, n]
-        t = squares.sqrt() @ sketch.error.float().t()  # Cauchy-Schwarz
+        step = sketch.step.float() / 2.0 ** (sketch.bits - 4)
+        t = 4 * (squares.sqrt() @ step.t())  # for certain
         if self._log is not None:
-            t = torch.minimum(t, (self._log * (squares @ sketch.step.float().square().t())).sqrt_())
+            t = torch.minimum(t, (self._log * (squares @ step.square().t())).sqrt_())
         gamma = self._gamma()
-        v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype, gamma)
+        v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype)
         v = v + unit * v.abs()
         if bias is not None:
             b = bias.to(x.dtype).float()
@@ -200,25 +236,29 @@ class CertifiedGate:
             v = v + unit * v.abs()
         return v
 
-    def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Inputs padded to whole groups, |x_g|^2 from above [T, groups], and |x| [T, 1], infinite where not judged."""
+    def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """|x_g|^2 from above [T, groups], and |x| [T, 1], infinite where not judged."""
         groups = self.sketch.step.shape[1]
-        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model)).contiguous()
+        padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model))
         squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)
         largest = x32.abs().amax(-1, keepdim=True)
         judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
-        return padded, squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
+        return squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
 
     def _gamma(self) -> float:
         """Bound of what a float32 sum of d_model products is off by, relative to |w| |x|."""
         m = (self.sketch.d_model + 8) * 2.0**-24
         return m / (1 - m) + _operand_unit()
 
-    def _slack(self, dtype: torch.dtype, gamma: float) -> torch.Tensor:
-        """What arithmetic in `dtype` may add to a score, per |x|. [n_neurons]"""
+    def _per_norm(self, dtype: torch.dtype) -> tuple[float, float]:
+        """What arithmetic in `dtype` may add to a score: per |x| and per norm of the neuron, and per |x| alone."""
         unit, stored = _UNIT[dtype], self._weight_dtype
-        per_norm = gamma * (2 + unit) + (unit if unit > _UNIT[stored] else 0.0)
-        tiny = 2.0**-25 * math.sqrt(self.sketch.d_model) if dtype == torch.float16 != stored else 0.0
+        per_norm = self._gamma() * (2 + unit) + (unit if unit > _UNIT[stored] else 0.0)
+        return per_norm, 2.0**-25 * math.sqrt(self.sketch.d_model) if dtype == torch.float16 != stored else 0.0
+
+    def _slack(self, dtype: torch.dtype) -> torch.Tensor:
+        """What arithmetic in `dtype` may add to a score, per |x|. [n_neurons]"""
+        per_norm, tiny = self._per_norm(dtype)
         return self.sketch.norm * per_norm + tiny
 
     def wanted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -229,22 +269,37 @@ class CertifiedGate:
         """
         return ~(self.upper(x, bias) <= self._bar)
 
-    def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
         """Which neurons any of some tokens may need, and which the last one may; natively where that is built.
 
+        Args:
+            x: [n_tokens, d_model]. bias: [n_neurons] or None.
+
         Returns:
-            [n_neurons] bool, [n_neurons] bool.
+            Sorted neuron numbers, and [n_neurons] bool.
         """
         if native.available() and x.shape[0] <= native.MAX_TOKENS:
-            padded, squares, size = self._measure(x.float())
-            gamma = self._gamma()
-            b = None if bias is None else bias.to(x.dtype).float().contiguous()
-            return native.gate_scan(
-                padded, squares, size, self.sketch, self._slack(x.dtype, gamma), b, self._log, gamma, _UNIT[x.dtype],
-                self._bar,
+            per_norm, tiny = self._per_norm(x.dtype)
+            return native.gate(
+                x, self.sketch, self._offset, self._bias_like(x, bias), self._log, self._gamma(), per_norm, tiny,
+                _UNIT[x.dtype], self._bar, _INPUTS,
             )  # fmt: skip
-        wanted = self.wanted(x, bias)
-        return wanted.any(0), wanted[-1:].any(0)  # which holds for no tokens too
+        union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)
+        recent = union
+        for tokens in x.split(GATE_TOKENS):
+            wanted = self.wanted(tokens, bias)
+            union |= wanted.any(0)
+            recent = wanted[-1:].any(0)  # which holds for no tokens too
+        return union.nonzero()[:, 0].numpy(), recent
+
+    def _bias_like(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias rounded to x's dtype, in float32; made anew when it changed."""
+        if bias is None:
+            return None
+        key = (bias.data_ptr(), bias._version, x.dtype)
+        if self._bias[0] != key:
+            self._bias = key, bias.detach().to(x.dtype).float().contiguous()
+        return self._bias[1]
 
 
 def _operand_unit() -> float:
