@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers.activations import ReLUSquaredActivation
 from transformers.utils import logging
 
+from hf_flash import trace
 from hf_flash.families import zero_below
 
 logger = logging.get_logger(__name__)
@@ -122,11 +124,14 @@ def sparse_ffn(
     x32 = x.float().contiguous()
     out = torch.zeros(x.shape[0], d_out, dtype=torch.float32, device="cpu")
     biases = [None if b is None else b.to(x.dtype).float().contiguous() for b in (gate_bias, up_bias)]
+    start = time.perf_counter()
     fired = _lib.hf_flash_sparse_ffn(
         x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
         len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), _CODES[weight_dtype], _CODES[x.dtype],
         act[0], act[1], out.data_ptr(),
     )  # fmt: skip
+    if trace.active is not None:
+        trace.active.add(trace.ARITHMETIC, start, time.perf_counter(), neurons=len(slots), native=True)
     return out, int(fired)
 
 
@@ -153,12 +158,15 @@ def gate_scan(
     n, groups = sketch.step.shape
     norms = squares.sqrt()
     wanted, recent = torch.empty(2, n, dtype=torch.bool, device="cpu")
+    start = time.perf_counter()
     _lib.hf_flash_gate_scan(
         x.data_ptr(), squares.data_ptr(), norms.data_ptr(), size.data_ptr(), x.shape[0], groups, n,
         sketch.codes.data_ptr(), sketch.step.data_ptr(), sketch.error.data_ptr(), slack.data_ptr(), _pointer(bias),
         sketch.bits, -1.0 if log_delta is None else log_delta, gamma, unit, threshold,
         wanted.data_ptr(), recent.data_ptr(),
     )  # fmt: skip
+    if trace.active is not None:
+        trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=n, native=True)
     return wanted, recent
 
 

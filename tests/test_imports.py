@@ -13,14 +13,14 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops
+words            errors  stats  memory  plan  ops  trace
 what there is    layout  families  config  window  budget  native  check
 files            format  readers  gates  card
 a checkpoint     store  checkpoint  hub  output
 rows in DRAM     cache  stream
 an FFN           engine  linear  ffn
 a model          attach  repack  save
-what users call  preview  quantizer  patch  verify  contents
+what users call  preview  quantizer  patch  verify  contents  profile
 programs         session  serve  demo  show  options  terminal  cli  __init__  __main__
 """
 

@@ -40,10 +40,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 import torch
 
-from hf_flash import native
+from hf_flash import native, trace
 from hf_flash.layout import round_up
 
 GROUP = 64
@@ -243,7 +244,10 @@ class CertifiedGate:
                 padded, squares, size, self.sketch, self._slack(x.dtype, gamma), b, self._log, gamma, _UNIT[x.dtype],
                 self._bar,
             )  # fmt: skip
+        start = time.perf_counter()
         wanted = self.wanted(x, bias)
+        if trace.active is not None:
+            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=wanted.shape[1])
         return wanted.any(0), wanted[-1:].any(0)  # which holds for no tokens too
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from hf_flash import trace
 from hf_flash.errors import CheckpointError, ReadError, ShortReadError
 from hf_flash.layout import round_up
 from hf_flash.readers.base import Read, Reader, Ticket, early_end, failed_read
@@ -124,6 +125,8 @@ class ThreadReader(Reader):
     def submit(self, reads: list[Read]) -> Ticket:
         n_parts = min(len(reads), self._n_threads)
         ticket = Ticket(n_parts)
+        if trace.active is not None:
+            ticket.n_bytes = sum(len(buffer) for read in reads for buffer in read.buffers)
         with self._lock:
             self._check_open()
             for part in range(n_parts):
