@@ -1,8 +1,8 @@
 """Where a token's time goes: spans of a generation, summed up per decoded token, and a trace file to look at.
 
 Forward hooks time what is transformers' (layers, attention, norms, head), `trace` what is ours. Spans nest as calls do,
-so each second is counted once, for the innermost span that it was spent in, and the rows of the table sum to the token's
-time. Hooks cost a few microseconds per module while they are on; afterwards nothing is left of them.
+so each second is counted once, for the innermost span that it was spent in, and the rows of the table sum to the
+token's time. Hooks cost a few microseconds per module while they are on; afterwards nothing is left of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from hf_flash import trace
-from hf_flash.errors import CheckpointError, FlashError
+from hf_flash.errors import FlashConfigError, FlashError
 from hf_flash.ffn import FlashFFN
 from hf_flash.format import atomic_text, explain_full_disk
 from hf_flash.layout import format_size
@@ -114,9 +114,9 @@ class Profile:
         """Write a trace that ui.perfetto.dev and chrome://tracing open; the whole file or none.
 
         Raises:
-            DiskFullError: no room. CheckpointError: the file cannot be written, and why.
+            DiskFullError: no room. FlashConfigError: the file cannot be written, and why.
         """
-        path = _writable(Path(file))
+        path = check_file(Path(file))
         try:
             with explain_full_disk(path.parent), atomic_text(path) as text:
                 text.append(json.dumps(self.recorder.to_chrome()))
@@ -139,7 +139,7 @@ def profile(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Ite
 
     Raises:
         FlashError: the model does not run from flash, or a profile is running already.
-        CheckpointError: the file cannot be written; said before anything runs.
+        FlashConfigError: the file cannot be written; said before anything runs.
 
     Example:
         >>> with hf_flash.profile(model, "trace.json") as p:
@@ -148,7 +148,7 @@ def profile(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Ite
     """
     runtime_of(model)
     if file is not None:
-        _writable(Path(file))
+        check_file(Path(file))
     if trace.active is not None:
         raise FlashError("A profile is being recorded already; one at a time, for the whole process.")
     out = Profile()
@@ -164,8 +164,12 @@ def profile(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Ite
             out.write(file)
 
 
-def _writable(path: Path) -> Path:
-    """Raises CheckpointError where a file cannot be written: before a model is run, not after."""
+def check_file(path: Path) -> Path:
+    """Refuse a trace file that cannot be written: before a model is run, not after.
+
+    Raises:
+        FlashConfigError: why not.
+    """
     folder = path.parent
     why = ""
     if path.is_dir():
@@ -175,7 +179,7 @@ def _writable(path: Path) -> Path:
     elif not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         why = "permission denied"
     if why:
-        raise CheckpointError(f"{path} cannot be written: {why}. Name a file in a folder of yours.")
+        raise FlashConfigError(f"{path} cannot be written: {why}. Name a file in a folder of yours.")
     return path
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import hf_flash
 from hf_flash import trace
-from hf_flash.errors import CheckpointError, FlashError
+from hf_flash.errors import FlashConfigError, FlashError
 from hf_flash.profile import OTHER, PYTHON, REST, summarize
 from hf_flash.trace import Recorder
 
@@ -94,11 +94,11 @@ def test_refusals(flash_folder: Path, cap_for: Callable[..., int], dense: PreTra
         pass
     assert trace.active is None and n_hooks(model) == 0
     for file, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.json", "there is no folder")):
-        with pytest.raises(CheckpointError, match=why), hf_flash.profile(model, file):
+        with pytest.raises(FlashConfigError, match=why), hf_flash.profile(model, file):
             raise AssertionError("said before anything runs")
     if os.geteuid():
         tmp_path.chmod(0o500)
-        with pytest.raises(CheckpointError, match="permission denied"), hf_flash.profile(model, tmp_path / "x.json"):
+        with pytest.raises(FlashConfigError, match="permission denied"), hf_flash.profile(model, tmp_path / "x.json"):
             pass
 
 

@@ -122,6 +122,10 @@ class ThreadReader(Reader):
                 self._by_path[path] = len(self._files) - 1
             return self._by_path[path]
 
+    def block_of(self, file: int) -> int:
+        """Bytes that direct reads of a file must be multiples of; 1 where its reads are buffered."""
+        return self._files[file].block
+
     def submit(self, reads: list[Read]) -> Ticket:
         n_parts = min(len(reads), self._n_threads)
         ticket = Ticket(n_parts)
