@@ -43,7 +43,7 @@ class Estimate:
 
     @property
     def floor_s(self) -> float:
-        """No token is faster: the longer of reading and sweeping memory, as if both always ran at once."""
+        """No token is faster at these speeds: the longer of reading and sweeping memory, as if both ran at once."""
         return max(self.flash_s, self.memory_s)
 
     @property

@@ -229,6 +229,8 @@ def _file(folder: Path, n_bytes: int) -> Iterator[tuple[Path, int, bool]]:
         yield found, found.stat().st_size, False
         return
     free = shutil.disk_usage(folder).free
+    if _disk(device_of(folder)).endswith("(tmpfs)"):  # its files are memory, and may be all that is allowed
+        free = min(free, available_memory() // 2)
     if free < n_bytes * 1.05:
         raise DiskFullError(
             f"No room in {folder}: the file to measure with takes {format_size(n_bytes)}, {format_size(free)} are "

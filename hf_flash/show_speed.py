@@ -64,7 +64,9 @@ def limits(probe: Probe) -> list[str]:
         f"A byte from flash costs as much time as {probe.memory_bytes_per_s / most:.0f} bytes from memory: a model "
         f"that fits is bound by memory at {format_size(probe.memory_bytes_per_s)}/s, another by what it reads."
     )
-    if probe.fresh and probe.virtual:
+    if probe.disk.endswith("(tmpfs)"):
+        lines.append(f"{probe.folder} is a file system in memory, no flash: name a folder on the disk.")
+    elif probe.fresh and probe.virtual:
         lines.append(
             "This is a virtual machine, and its host may hold the file that was just written in memory. Name a folder "
             f"with a flash checkpoint of {format_size(probe.file_bytes)} or more to measure what has been at rest."
@@ -82,8 +84,8 @@ def estimate_lines(found: Estimate | None) -> list[str]:
         f"{format_size(found.touched_bytes)} of memory ({_time(found.memory_s)}), as `hf-flash doctor` measured them"
     )
     floor = (
-        f"expected: {_rate(1 / found.expected_s)} tokens/s at best; no token is faster than {_time(found.floor_s)}, "
-        f"bound by {found.bound}"
+        f"expected: {_rate(1 / found.expected_s)} tokens/s at best; floor {_time(found.floor_s)} per token, set by the "
+        f"{found.bound}"
     )
     assumed = (
         [f"assumed: {found.active:.3g} of the neurons are wanted (--active), the cache holds its share of them"]

@@ -34,7 +34,7 @@ def test_streams() -> None:
     assert found.memory_s == pytest.approx(found.touched_bytes / (20 * GIB))
     assert found.floor_s == found.expected_s == found.flash_s and found.bound == "flash"
     first, second = estimate_lines(found)
-    assert f"({1e3 * found.flash_s:.3g} ms)" in first and "bound by flash" in second
+    assert f"({1e3 * found.flash_s:.3g} ms)" in first and "set by the flash" in second
 
 
 def test_neurons_one_by_one() -> None:

@@ -190,6 +190,7 @@ def test_view() -> None:
     text = capture.get()
     for words in (
         "box: a processor, 2 cores", "/dev/sda1 (ext4), device 8:1", "one at a time", "70,000",
-        "20.0 GiB/s on 2 threads", "reader: threads (no ring), O_DIRECT refused here", "kernels: native, x86-64-v3", "no cgroup limit",
+        "20.0 GiB/s on 2 threads", "reader: threads (no ring), O_DIRECT refused here",
+        "kernels: native, x86-64-v3", "no cgroup limit",
     ):  # fmt: skip
         assert words in text, words
