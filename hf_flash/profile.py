@@ -83,8 +83,8 @@ class Breakdown:
             lines.append(f"{name:{width}}  {seconds * 1e3:9.3f}  {seconds / self.token_s:6.1%}")
         lines.append(f"{'a token':{width}}  {self.token_s * 1e3:9.3f}  {1:6.1%}")
         lines.append(
-            f"mean of {self.n_tokens} decoded tokens (median {self.median_s * 1e3:.3f} ms); "
-            f"{format_size(self.read_bytes)} read per token"
+            f"mean of {self.n_tokens} decoded token{'s' if self.n_tokens > 1 else ''} "
+            f"(median {self.median_s * 1e3:.3f} ms); {format_size(self.read_bytes)} read per token"
         )
         lines.append(
             f"our own Python: {self.python_s * 1e6:.0f} µs per FFN layer and token, outside native calls and waits"
@@ -265,6 +265,8 @@ def _parts(module: nn.Module, path: str, layers: set[str]) -> Iterator[tuple[nn.
 def summarize(spans: Sequence[Span]) -> Breakdown:
     """Sum spans up per decoded token: a pass over one token, until the next pass begins.
 
+    The first pass is the prompt's, and is not counted.
+
     Args:
         spans: of a `Recorder`.
 
@@ -276,7 +278,7 @@ def summarize(spans: Sequence[Span]) -> Breakdown:
     own = _own_times(mine)
     passes = [span for span in mine if span.name == trace.FORWARD]
     tokens = []  # (start, stop) of decoded tokens
-    for this, following in itertools.pairwise(passes):
+    for this, following in itertools.pairwise(passes[1:]):  # the first one is the prompt's, however short
         if this.args.get("tokens") == 1 == following.args.get("tokens"):
             tokens.append((this.start, following.start))
     if not tokens:

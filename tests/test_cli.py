@@ -266,7 +266,7 @@ def test_run_samples_with_a_seed(flash: Path) -> None:
     assert first == same != other
 
 
-def test_run_interrupted_shows_what_there_was(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_interrupted_shows_what_there_was(flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put = session._Meter.put
 
     def stop(self: Any, value: torch.Tensor) -> None:
@@ -275,9 +275,11 @@ def test_run_interrupted_shows_what_there_was(flash: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
 
     monkeypatch.setattr(session._Meter, "put", stop)
-    result = hf("run", flash, "-p", "w5", "-n", 12, "-m", CAP)
+    trace = tmp_path / "trace.json"
+    result = hf("run", flash, "-p", "w5", "-n", 12, "-m", CAP, "--profile", trace)
     assert result.exit_code == 130
     assert "tokens/s" in result.stderr and "interrupted" in result.stderr
+    assert "mean of 1 decoded token " in result.stderr and json.loads(trace.read_text())["traceEvents"]
 
 
 def test_run_says_where_the_time_goes(flash: Path, tmp_path: Path) -> None:

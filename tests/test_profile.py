@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing(
 
 def test_own_time_is_counted_once() -> None:
     recorder = Recorder()
-    for token in range(3):
+    for token in range(4):
         at = token * 10.0
         recorder.add("new thing", at + 3.5, at + 4)
         recorder.add(trace.GATE, at + 1, at + 2)
