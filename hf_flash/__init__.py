@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "FATReLU", "FlashConfig", "FlashError", "FlashStats", "is_flash", "patch", "plan", "push", "repack", "smallest_cap",
-    "stats", "verify",
+    "FATReLU", "FlashConfig", "FlashError", "FlashStats", "is_flash", "patch", "plan", "profile", "push", "repack",
+    "smallest_cap", "stats", "verify",
 ]  # fmt: skip
 
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING or not _is_command():
     from hf_flash.hub import push
     from hf_flash.patch import is_flash, patch
     from hf_flash.preview import plan, smallest_cap
+    from hf_flash.profile import profile
     from hf_flash.quantizer import register
     from hf_flash.repack import repack
     from hf_flash.save import runtime_of

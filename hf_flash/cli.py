@@ -6,7 +6,6 @@ Commands import what they need when they run: torch and transformers take second
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import sys
 import tempfile
 import time
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group
 
-from hf_flash.errors import MemoryCapError
+from hf_flash import doctor as _doctor
 from hf_flash.options import (
     MEMORY,
+    Active,
     Context,
     DemoMemory,
     Dtype,
@@ -29,6 +29,7 @@ from hf_flash.options import (
     MaxNewTokens,
     Memory,
     Model,
+    Profile,
     Prompt,
     Raw,
     Revision,
@@ -39,6 +40,7 @@ from hf_flash.options import (
     Trust,
 )  # fmt: skip
 from hf_flash.terminal import Commands, err, fail, hint, out, quiet
+from hf_flash.terminal import report as _report
 
 if TYPE_CHECKING:
     from hf_flash.preview import Preview
@@ -119,17 +121,19 @@ def plan(
     context: Context = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=MEMORY, help="Sequences.")] = 1,
     gate_bits: GateBits = 8,
+    active: Active = 0.05,
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show who would get how much of a memory cap, and the smallest cap that would do.
+    """Show who would get how much of a memory cap, the smallest cap that would do, and how fast it would be.
 
-    Reads headers only: nothing is loaded, repacked or, from the Hub, downloaded.
+    Reads headers only: nothing is loaded, repacked or, from the Hub, downloaded. Speed is told from what `hf-flash
+    doctor` measured on this machine.
     """
     quiet()
-    from hf_flash import show
+    from hf_flash import session, show, show_speed
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
 
@@ -139,32 +143,15 @@ def plan(
     if config.cap() < smallest and not as_json:  # show what it takes, then say no
         least = preview.with_options(memory=smallest)
         err.print(show.plan_view(least, least.plan()))
-    made = _planned(preview)
+    made = session.planned(preview)
+    speed = _doctor.expected(preview, made, active)
     figures = {
         "model": model, "converted": preview.converted, "dtype": str(preview.skeleton.dtype),
         "n_bytes": preview.n_bytes, "ffn_bytes": preview.ffn_bytes, "smallest_cap": smallest,
+        "estimate": speed and speed.to_dict(),
     }  # fmt: skip
-    _report({**figures, **made.to_dict()}, show.plan_view(preview, made), as_json)
-
-
-def _planned(preview: Preview) -> Any:
-    """The plan; where there is none, an error in the command line's words."""
-    from hf_flash.layout import format_size
-
-    cap, smallest = preview.config.cap(), preview.smallest_cap
-    if cap >= smallest:
-        return preview.plan()
-    demand = preview.demand
-    spent = demand.kv_bytes + demand.activation_bytes
-    hint = (
-        f" {format_size(spent)} of it are for {demand.context} tokens: a shorter --context needs less."
-        if spent > smallest // 4
-        else ""
-    )
-    raise MemoryCapError(
-        f"a memory cap of {format_size(cap)} is too small for {preview.name}; the smallest that would do is "
-        f"{format_size(smallest)}.{hint} Pass --memory {smallest >> 20}MiB or more."
-    )
+    view = Group(show.plan_view(preview, made), *show_speed.estimate_lines(speed))
+    _report({**figures, **made.to_dict()}, view, as_json)
 
 
 @app.command(
@@ -184,6 +171,7 @@ def run(
     system: System = None,
     temperature: Temperature = 0.0,
     seed: Seed = None,
+    profile: Profile = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
     revision: Revision = None,
@@ -201,7 +189,10 @@ def run(
     from hf_flash import session
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
+    from hf_flash.profile import check_file
 
+    if profile is not None:
+        check_file(profile)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     config = FlashConfig(memory, gate=gate, context=context)
     config.memory = config.cap()  # "what is free" once, not again when the model is opened
@@ -211,15 +202,19 @@ def run(
     reader = session.load_tokenizer(tokenizer or model, **theirs)
     inputs = session.encode(reader, text, raw=raw, system=system)
     preview = session.fit_context(preview, inputs, max_new_tokens)
-    made = _planned(preview)
+    made = session.planned(preview)
     if not preview.converted:
         hint("a stock checkpoint: repacked into the cache on first use (`hf-flash repack` makes a folder of your own)")
     opened = session.Session.open(preview, reader, **options)
     if seed is not None:
         torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {}
-    done = _stream(opened, inputs, max_new_tokens, as_json, **sampling)
-    _report_run(preview, made, opened, done, as_json)
+    with _doctor.with_profile(opened.model, profile) as profiled:
+        done = _stream(opened, inputs, max_new_tokens, as_json, **sampling)
+    times = profiled and profiled.breakdown()
+    _report_run(preview, made, opened, done, as_json, **({"profile": times.to_dict()} if times else {}))
+    if times:
+        err.print(times.table(), highlight=False, markup=False, soft_wrap=True)
     if done.interrupted:
         raise KeyboardInterrupt
 
@@ -230,6 +225,9 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
     done = opened.generate(inputs, max_new_tokens, lambda piece: print(piece, end="", flush=True, file=to), **options)
     print(file=to)
     return done
+
+
+app.command(rich_help_panel=_RUN, epilog=_doctor.EPILOG)(_doctor.doctor)
 
 
 @app.command(
@@ -286,7 +284,7 @@ def demo(
         preview = look(folder, FlashConfig(memory, gate="certified", context=data.CONTEXT + max_new_tokens))
         if memory is None:
             preview = preview.with_options(memory=data.tight_cap(preview))
-        made = _planned(preview)
+        made = session.planned(preview)
         _step(say, f"hf-flash plan {folder.name} --memory {made.memory >> 20}MiB --gate certified")
         say.print(show.plan_view(preview, made))
         _step(say, f"hf-flash run {folder.name} --memory {made.memory >> 20}MiB --gate certified --prompt ...")
@@ -379,13 +377,6 @@ def _report_run(
     if as_json:
         _report({**figures, "plan": plan_dict}, "", True)
     on.print(show.generation_view(done, made, opened.load_s))
-
-
-def _report(figures: dict[str, Any], view: RenderableType, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures, indent=2, default=str), flush=True)
-    else:
-        out.print(view, crop=False)
 
 
 def main() -> None:

@@ -126,6 +126,15 @@ def available_memory() -> int:
     return max(available, 1)
 
 
+def cgroup_limit() -> int | None:
+    """The smallest memory limit of this process's cgroups in bytes, None where there is none."""
+    limits = []
+    for limit, _ in _cgroup_files():
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(limit.read_text()))
+    return min((n for n in limits if n < 1 << 60), default=None)  # version 1 writes a huge number for no limit
+
+
 def _cgroup_files() -> Iterator[tuple[Path, Path]]:
     """Limit and usage files of this process's memory cgroups and their parents, version 1 and 2."""
     lines: list[str] = []

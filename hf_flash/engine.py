@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hf_flash import native, ops
+from hf_flash import native, ops, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.memory import aligned_empty
@@ -139,6 +139,8 @@ class SweepEngine(Engine):
         gate, up, down = self._dense
         y = ops.dense_ffn(x, up, down, act, gate, biases.up, biases.gate, biases.down)
         self._stats.add(compute_s=time.perf_counter() - t0, neurons_hit=self.layer.n_neurons)
+        if trace.active is not None:
+            trace.active.add(trace.ARITHMETIC, t0, time.perf_counter(), self.layer.path)
         return y
 
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
@@ -151,13 +153,19 @@ class SweepEngine(Engine):
         t0, waited = time.perf_counter(), self._stats.wait_s
         with self._chunks(pins) as chunks:
             for neurons, rows in chunks:
+                t1 = time.perf_counter()
                 to = down[:, neurons].t() if column_major else down[neurons]
                 gate, up = self._split(neurons, rows, to)
                 h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        t1 = time.perf_counter()
         if column_major:
             y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
         else:
             y = ops.project(h, down, biases.down)
+        if trace.active is not None:
+            trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
         self._finish_pinning(pins)
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         return y
@@ -278,6 +286,8 @@ class SparseEngine(Engine):
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, recent = self._wanted(flat, biases)
         t1 = time.perf_counter()
+        if trace.active is not None:
+            trace.active.add(trace.GATE, t0, t1, self.layer.path, wanted=len(neurons))
         few = native.available() and flat.shape[0] <= native.MAX_TOKENS
         code = native.activation_code(act, flat.dtype) if few else None
         if code is not None and self.cache.fits(neurons):
@@ -318,6 +328,7 @@ class SparseEngine(Engine):
         alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
         with self._batches(neurons, recent, flat.shape[0]) as batches:
             for index, gate, up, down in batches:
+                t1 = time.perf_counter()
                 h = ops.hidden(flat, up, act, gate, *biases.part(index))
                 fired[index] = (h != 0).any(0)
                 if alone:  # one product, rounded once, as in the dense block
@@ -325,6 +336,8 @@ class SparseEngine(Engine):
                 else:
                     part = ops.project(h.to(wide), down)
                     y = part if y is None else y.add_(part)
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
         if y is None or not alone:
             y = torch.zeros(flat.shape[0], self.layer.layout.d_out, dtype=wide) if y is None else y
             y = (y if biases.down is None else y + biases.down).to(flat.dtype)
@@ -368,6 +381,8 @@ class SparseEngine(Engine):
             t0 = time.perf_counter()
             ticket.wait()
             self._stats.add(wait_s=time.perf_counter() - t0)
+            if trace.active is not None:
+                trace.active.add(trace.WAIT, t0, time.perf_counter(), self.layer.path)
 
     def _from_slots(self, neurons: IntArray, slots: IntArray) -> Iterator[Piece]:
         for i in range(0, len(neurons), self._batch_rows):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from transformers.activations import ReLUSquaredActivation
 from transformers.utils import logging
 
+from hf_flash import trace
 from hf_flash.families import zero_below
 from hf_flash.plan import IntArray
 
@@ -136,11 +138,14 @@ def sparse_ffn(
     x32 = x.float().contiguous()
     out = torch.zeros(x.shape[0], d_out, dtype=torch.float32, device="cpu")
     biases = [None if b is None else b.to(x.dtype).float().contiguous() for b in (gate_bias, up_bias)]
+    start = time.perf_counter()
     fired = _lib.hf_flash_sparse_ffn(
         x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
         len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), CODES[weight_dtype], CODES[x.dtype],
         act[0], act[1], out.data_ptr(),
     )  # fmt: skip
+    if trace.active is not None:
+        trace.active.add(trace.ARITHMETIC, start, time.perf_counter(), neurons=len(slots), native=True)
     return out, int(fired)
 
 
@@ -166,12 +171,15 @@ def gate(
     n = sketch.norm.shape[0]
     ids, recent = np.empty(n, np.int64), torch.empty(n, dtype=torch.bool, device="cpu")
     planes = [plane.data_ptr() for plane in sketch.planes] + [None] * (4 - len(sketch.planes))
+    start = time.perf_counter()
     n_ids = _lib.hf_flash_gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
         sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), _pointer(bias), sketch.bits,
         -1.0 if log_term is None else log_term, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
         recent.data_ptr(),
     )  # fmt: skip
+    if trace.active is not None:
+        trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=n, native=True)
     return ids[:n_ids], recent
 
 

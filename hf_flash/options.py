@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,6 +46,13 @@ Context = Annotated[
     ),
 ]  # fmt: skip
 GateBits = Annotated[int, typer.Option(metavar="BITS", help="Bits per weight of the certified gate's sketch, 4 to 8.")]
+Active = Annotated[
+    float,
+    typer.Option(
+        "--active", metavar="SHARE", min=0, max=1, rich_help_panel=MEMORY,
+        help="Neurons that a token wants in layers with the certified gate, for the expected speed.",
+    ),
+]  # fmt: skip
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -81,6 +89,13 @@ Temperature = Annotated[
 Seed = Annotated[
     int | None, typer.Option(metavar="N", rich_help_panel=TEXT, show_default=False, help="Of the sampling.")
 ]
+Profile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile", metavar="FILE", show_default=False,
+        help="Say where a token's time goes, and write a trace for ui.perfetto.dev or chrome://tracing.",
+    ),
+]  # fmt: skip
 Tokenizer = Annotated[
     str | None,
     typer.Option(metavar="MODEL", rich_help_panel=LOADING, show_default=False, help="Take another model's."),

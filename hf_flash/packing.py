@@ -14,11 +14,12 @@ weight j in its lower half and that of weight j + 32 in its upper half.
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import torch
 
-from hf_flash import native
+from hf_flash import native, trace
 from hf_flash.plan import IntArray
 
 BLOCK = 64  # weights; what is packed has a multiple of it
@@ -227,11 +228,14 @@ def sparse_ffn(
     x32 = x.float().contiguous()
     out = torch.zeros(x.shape[0], packing.n_elements - d_model * (2 if gated else 1), dtype=torch.float32, device="cpu")
     biases = [None if b is None else b.to(x.dtype).float().contiguous() for b in (gate_bias, up_bias)]
+    begun = time.perf_counter()
     fired = lib.hf_flash_packed_ffn(
         x32.data_ptr(), x.shape[0], d_model, out.shape[1], rows.data_ptr(), rows.stride(0), slots.data_ptr(),
         ids.data_ptr(), len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), packing.base,
         packing.start.data_ptr(), packing.escapes.data_ptr(), native.CODES[x.dtype], act[0], act[1], out.data_ptr(),
     )  # fmt: skip
+    if trace.active is not None:
+        trace.active.add(trace.ARITHMETIC, begun, time.perf_counter(), neurons=len(slots), native=True)
     return out, int(fired)
 
 

@@ -25,7 +25,9 @@ from transformers import (
 )  # fmt: skip
 
 from hf_flash import quantizer
-from hf_flash.errors import CheckpointError, FlashConfigError
+from hf_flash.budget import Plan
+from hf_flash.errors import CheckpointError, FlashConfigError, MemoryCapError
+from hf_flash.layout import format_size
 from hf_flash.preview import Preview
 from hf_flash.save import runtime_of
 from hf_flash.stats import FlashStats
@@ -258,6 +260,28 @@ def fit_context(preview: Preview, inputs: Mapping[str, torch.Tensor], max_new_to
                 "the prompt or lower --max-new-tokens."
             )
     return preview if preview.config.context else preview.with_options(context=needed)
+
+
+def planned(preview: Preview) -> Plan:
+    """The plan; where there is none, an error in the command line's words.
+
+    Raises:
+        MemoryCapError: the cap is too small; names the smallest that would do.
+    """
+    cap, smallest = preview.config.cap(), preview.smallest_cap
+    if cap >= smallest:
+        return preview.plan()
+    demand = preview.demand
+    spent = demand.kv_bytes + demand.activation_bytes
+    hint = (
+        f" {format_size(spent)} of it are for {demand.context} tokens: a shorter --context needs less."
+        if spent > smallest // 4
+        else ""
+    )
+    raise MemoryCapError(
+        f"a memory cap of {format_size(cap)} is too small for {preview.name}; the smallest that would do is "
+        f"{format_size(smallest)}.{hint} Pass --memory {smallest >> 20}MiB or more."
+    )
 
 
 def _status_bytes(field: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from hf_flash import trace
 from hf_flash.layout import DATA_ALIGN, round_up
 from hf_flash.memory import aligned_empty, view_bytes
 from hf_flash.readers import Read, Reader, Ticket
@@ -128,6 +129,8 @@ class Stream:
                 t0 = time.perf_counter()
                 pending.ticket.wait()
                 self._stats.add(wait_s=time.perf_counter() - t0)
+                if trace.active is not None:
+                    trace.active.add(trace.WAIT, t0, time.perf_counter())
                 yield start, start + pending.rows.shape[0], pending.rows
             finally:
                 pending.ticket.settle()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
 from typing import Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from hf_flash.errors import FlashError
@@ -63,6 +64,15 @@ def fail(message: str) -> None:
 def hint(text: str) -> None:
     """A line beside the report."""
     err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def report(figures: dict[str, Any], view: RenderableType, as_json: bool) -> None:
+    """What a command is asked for, on stdout: as one JSON object, or for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(figures, indent=2, default=str) + "\n")
+        sys.stdout.flush()
+    else:
+        out.print(view, crop=False)
 
 
 def quiet() -> None:

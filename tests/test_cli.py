@@ -1,5 +1,6 @@
 """The command line: what it prints where, how it fails, and that an interrupted command leaves nothing half done."""
 
+import functools
 import importlib.util
 import json
 import signal
@@ -17,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import hf_flash
-from hf_flash import demo, session
+from hf_flash import demo, estimate, probe, session
 from hf_flash.cli import app
 from hf_flash.errors import HubError
 
 CAP = "48MiB"
-COMMANDS = {"repack", "plan", "run", "demo", "inspect", "verify", "push", "serve"}
+COMMANDS = {"repack", "plan", "run", "demo", "inspect", "verify", "push", "serve", "doctor"}
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +178,45 @@ def test_push(flash: Path, stock: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert result.exit_code == 1 and "error: Uploading failed. Check `hf auth whoami`." in result.stderr
 
 
+def small_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = functools.partial(probe.measure, file_bytes=8 << 20, sweep_bytes=16 << 20, seconds=0.001)
+    monkeypatch.setattr("hf_flash.probe.measure", small)
+
+
+def test_doctor_and_what_plan_makes_of_it(
+    flash: Path, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_FLASH_CACHE", str(tmp_path / "cache"))
+    assert "run `hf-flash doctor` to see the expected speed" in hf("plan", flash, "--memory", CAP).stdout
+    assert said("plan", flash, "--memory", CAP)["estimate"] is None
+    small_doctor(monkeypatch)
+    result = hf("doctor", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "one at a time" in result.stdout and "bound by" in result.stdout and "Measuring" in result.stderr
+    figures = said("doctor")
+    assert figures["folder"] == str((tmp_path / "cache").resolve()) and len(figures["reads"]) == 20
+    assert json.loads(Path(figures["kept"]).read_text())["date"] == figures["date"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["doctor"]
+
+    plan = said("plan", stock, "--memory", CAP)["estimate"]
+    assert plan["active"] == estimate.DEFAULT_ACTIVE and plan["floor_s"] > 0
+    assert said("plan", stock, "--memory", CAP, "--active", 1)["estimate"]["memory_s"] > plan["memory_s"]
+    assert said("plan", stock, "--memory", CAP, "--gate", "all")["estimate"]["active"] is None
+    text = hf("plan", stock, "--memory", CAP).stdout
+    assert "tokens/s at best" in text and "(--active)" in text
+    assert hf("plan", stock, "--memory", CAP, "--active", 2).exit_code == 2
+
+
+def test_doctor_where_nothing_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_FLASH_CACHE", str(tmp_path / "file"))
+    small_doctor(monkeypatch)
+    result = hf("doctor", tmp_path, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["kept"] is None
+    assert "could not be kept" in result.stderr and "HF_FLASH_CACHE names another folder" in result.stderr
+    assert hf("doctor").exit_code == 1
+
+
 # Running -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +266,7 @@ def test_run_samples_with_a_seed(flash: Path) -> None:
     assert first == same != other
 
 
-def test_run_interrupted_shows_what_there_was(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_interrupted_shows_what_there_was(flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put = session._Meter.put
 
     def stop(self: Any, value: torch.Tensor) -> None:
@@ -235,9 +275,22 @@ def test_run_interrupted_shows_what_there_was(flash: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
 
     monkeypatch.setattr(session._Meter, "put", stop)
-    result = hf("run", flash, "-p", "w5", "-n", 12, "-m", CAP)
+    trace = tmp_path / "trace.json"
+    result = hf("run", flash, "-p", "w5", "-n", 12, "-m", CAP, "--profile", trace)
     assert result.exit_code == 130
     assert "tokens/s" in result.stderr and "interrupted" in result.stderr
+    assert "mean of 1 decoded token " in result.stderr and json.loads(trace.read_text())["traceEvents"]
+
+
+def test_run_says_where_the_time_goes(flash: Path, tmp_path: Path) -> None:
+    words = ["run", flash, "-p", "w5 w6", "-n", 6, "-m", CAP, "--profile", tmp_path / "trace.json"]
+    result = hf(*words)
+    assert result.exit_code == 0, result.stderr
+    assert "attention" in result.stderr and "µs per FFN layer and token" in result.stderr
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    figures = said(*words)
+    assert figures["profile"]["n_tokens"] == len(figures["token_ids"]) - 2
+    assert "profile" not in said(*words[:-2])
 
 
 def test_serve_hands_its_words_to_transformers(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +342,9 @@ def test_demo_that_differs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "{flash}", "-p", "", "--raw"], "The prompt is empty"),
         (["run", "{flash}", "-p", "w5", "--raw", "--system", "w6"], "Leave --system out"),
         (["run", "{flash}", "-p", "w5", "--tokenizer", "{empty}"], "--tokenizer FOLDER_OR_REPO"),
+        (["run", "{flash}", "-p", "w5", "--profile", "{empty}"], "{empty} cannot be written: it is a folder"),
+        (["run", "{flash}", "-p", "w5", "--profile", "{empty}/no/x"], "there is no folder {empty}/no"),
+        (["doctor", "{empty}/no"], "{empty}/no is no folder"),
         (["inspect", "{stock}"], "`hf-flash repack {stock} OUTPUT`"),
         (["verify", "{stock}"], "`hf-flash repack {stock} OUTPUT`"),
         (["verify", "{empty}"], "is missing"),

@@ -13,19 +13,19 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops  families  native  packing
+words            errors  stats  memory  plan  ops  trace  families  native  packing
 what there is    layout  config  window  budget  check
 files            format  readers  gates  card
-a checkpoint     store  checkpoint  hub  output
+a checkpoint     store  checkpoint  hub  output  probe  estimate
 rows in DRAM     cache  stream
 an FFN           engine  linear  ffn
 a model          attach  repack  save
-what users call  preview  quantizer  patch  verify  contents
-programs         session  serve  demo  show  options  terminal  cli  __init__  __main__
+what users call  preview  quantizer  patch  verify  contents  profile
+programs         session  serve  demo  show  show_speed  options  terminal  doctor  cli  __init__  __main__
 """
 
 # A command imports torch and transformers only when it needs them, and with them most of our own modules.
-IMPORTS_IN_FUNCTIONS = {"cli"}
+IMPORTS_IN_FUNCTIONS = {"cli", "doctor"}
 
 PACKAGE = Path(hf_flash.__file__).parent
 

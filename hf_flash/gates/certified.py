@@ -43,10 +43,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 import torch
 
-from hf_flash import native
+from hf_flash import native, trace
 from hf_flash.layout import round_up
 from hf_flash.plan import IntArray
 
@@ -284,12 +285,15 @@ class CertifiedGate:
                 x, self.sketch, self._offset, self._bias_like(x, bias), self._log, self._gamma(), per_norm, tiny,
                 _UNIT[x.dtype], self._bar, _INPUTS,
             )  # fmt: skip
+        start = time.perf_counter()
         union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)
         recent = union
         for tokens in x.split(GATE_TOKENS):
             wanted = self.wanted(tokens, bias)
             union |= wanted.any(0)
             recent = wanted[-1:].any(0)  # which holds for no tokens too
+        if trace.active is not None:
+            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(union))
         return union.nonzero()[:, 0].numpy(), recent
 
     def _bias_like(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from hf_flash import trace
 from hf_flash.errors import ReadError
 from hf_flash.plan import IntArray, extents
 
@@ -42,6 +44,8 @@ class Ticket:
         if n_parts:
             self._landing.acquire()
         self.error: BaseException | None = None
+        self.begun = 0.0 if trace.active is None else time.perf_counter()
+        self.n_bytes = 0  # filled in where reads are traced
 
     def part_done(self, error: BaseException | None = None) -> None:
         """Called by the reader when one part has landed or failed."""
@@ -50,6 +54,13 @@ class Ticket:
             self._left -= 1
             if self._left == 0:
                 self._landing.release()
+                self.trace_landing()
+
+    def trace_landing(self) -> None:
+        """Tell the trace, if there is one, that the last part has landed."""
+        recorder = trace.active  # another thread may end the trace meanwhile
+        if recorder is not None and self.begun:
+            recorder.add_read(self.begun, time.perf_counter(), self.n_bytes)
 
     def ready(self) -> bool:
         """Whether `wait` would return at once."""

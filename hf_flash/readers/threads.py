@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from hf_flash import trace
 from hf_flash.errors import CheckpointError, ReadError, ShortReadError
 from hf_flash.layout import round_up
 from hf_flash.readers.base import Read, Reader, Ticket, early_end, failed_read
@@ -121,9 +122,15 @@ class ThreadReader(Reader):
                 self._by_path[path] = len(self._files) - 1
             return self._by_path[path]
 
+    def block_of(self, file: int) -> int:
+        """Bytes that direct reads of a file must be multiples of; 1 where its reads are buffered."""
+        return self._files[file].block
+
     def submit(self, reads: list[Read]) -> Ticket:
         n_parts = min(len(reads), self._n_threads)
         ticket = Ticket(n_parts)
+        if trace.active is not None:
+            ticket.n_bytes = sum(len(buffer) for read in reads for buffer in read.buffers)
         with self._lock:
             self._check_open()
             for part in range(n_parts):

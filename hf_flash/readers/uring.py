@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import errno
 import os
+import time
 
 import numpy as np
 
-from hf_flash import native
+from hf_flash import native, trace
 from hf_flash.errors import ReadError, ShortReadError
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers.base import Read, Ticket, early_end, failed_read
@@ -62,10 +63,14 @@ class UringReader(ThreadReader):
         lengths = np.array([len(array) for array in arrays], np.int64)
         need = np.array([read.need or sum(map(len, read.buffers)) for read in reads], np.int64)
         ticket = self._ticket(arrays)
+        start = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit(
             self._ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
             addresses.ctypes.data, lengths.ctypes.data,
         )  # fmt: skip
+        if trace.active is not None:
+            ticket.n_bytes = int(lengths.sum())
+            trace.active.add(trace.SUBMIT, start, time.perf_counter(), bytes=ticket.n_bytes, reads=len(reads))
         return ticket
 
     def submit_rows(
@@ -81,11 +86,15 @@ class UringReader(ThreadReader):
         rows, slots = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(slots, np.int64)
         n_bytes, n_reads = ctypes.c_int64(), ctypes.c_int64()
         ticket = self._ticket([base, junk])
+        begun = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit_rows(
             self._ring, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
             slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
             ctypes.byref(n_reads),
         )  # fmt: skip
+        if trace.active is not None:
+            ticket.n_bytes = n_bytes.value
+            trace.active.add(trace.SUBMIT, begun, time.perf_counter(), bytes=n_bytes.value, reads=n_reads.value)
         return ticket, n_bytes.value, n_reads.value
 
     def _ticket(self, arrays: list[np.ndarray]) -> _UringTicket:
@@ -150,6 +159,7 @@ class _UringTicket(Ticket):
             if result != 2:  # 2: a signal; its handler runs between the calls, and may raise
                 self.error = reader.error_of(self.batch) if result else None
                 self._landed = True
+                self.trace_landing()
         reader._live.pop(id(self), None)
         self._arrays = []
 

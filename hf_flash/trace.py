@@ -1,0 +1,109 @@
+"""Spans of time, noted where they happen and kept for whoever asked: the ground under `profile.py`.
+
+Off, which is the rule, `active` is None and a place that could be timed costs one test:
+
+    if trace.active is not None:
+        trace.active.add("gate", start, time.perf_counter(), layer.path)
+
+On, a span is one append to a list. Spans of a thread nest as their calls do, so the time that a span did not hand on to
+others inside it is its own. Reads are different: they run beside the threads, so they get tracks of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any, NamedTuple
+
+FLASH = 0  # the track of reads; threads have their idents, which are not 0
+
+# What spans are called. Whoever times a new thing may use a new name: it gets a row of its own in the table.
+FORWARD, LAYER, ATTENTION, NORM, EMBEDDING, HEAD = "forward", "layer", "attention", "norm", "embedding", "head"
+FFN, GATE, GATE_SCAN, ARITHMETIC = "ffn", "gate", "gate scan", "arithmetic"
+WAIT, SUBMIT, READ = "wait for flash", "submit reads", "read"
+
+
+class Span(NamedTuple):
+    """Something that took time: name, start and stop on time.perf_counter's clock in seconds, where, and details."""
+
+    name: str
+    start: float
+    stop: float
+    layer: str
+    track: int
+    args: dict[str, Any]
+
+
+class Recorder:
+    """Keeps spans, in the order in which they ended. Safe from any thread.
+
+    Attributes:
+        spans: what was noted so far.
+    """
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def add(self, name: str, start: float, stop: float, layer: str = "", **args: Any) -> None:
+        """Note a span of the calling thread.
+
+        Args:
+            name: what was done.
+            start, stop: time.perf_counter() before and after, seconds.
+            layer: module path of the FFN or layer that it was done for.
+            args: details for the trace file, ready for JSON.
+        """
+        self.spans.append(Span(name, start, stop, layer, threading.get_ident(), args))
+
+    def add_read(self, start: float, stop: float, n_bytes: int) -> None:
+        """Note reads that were under way from their submission until they had landed.
+
+        Where the kernel reads on its own (io_uring) they end when it was first seen that they had landed.
+        """
+        self.spans.append(Span(READ, start, stop, "", FLASH, {"bytes": n_bytes}))
+
+    def to_chrome(self) -> dict[str, Any]:
+        """The spans as Chrome's trace event JSON, which ui.perfetto.dev and chrome://tracing open.
+
+        Returns:
+            {"traceEvents": [...]}: one "X" event per span, `ts` and `dur` in microseconds; reads in lanes of their own,
+            as many as were under way at a time.
+        """
+        spans = sorted(self.spans, key=lambda span: (span.start, -span.stop))
+        origin = spans[0].start if spans else 0.0
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        lanes: list[float] = []  # when each lane's last read landed
+        tids: dict[tuple[int, int], int] = {}  # (track, lane) -> tid
+        events: list[dict[str, Any]] = []
+        for span in spans:
+            lane = _lane(lanes, span) if span.track == FLASH else 0
+            tid = tids.setdefault((span.track, lane), len(tids) + 1)
+            args = {**({"layer": span.layer} if span.layer else {}), **span.args}
+            events.append(
+                {"name": span.name, "cat": "flash" if span.track == FLASH else "cpu", "ph": "X", "pid": os.getpid(),
+                 "tid": tid, "ts": (span.start - origin) * 1e6, "dur": (span.stop - span.start) * 1e6, "args": args}
+            )  # fmt: skip
+        labels = {
+            tid: f"flash {lane + 1}" if track == FLASH else names.get(track, f"thread {tid}")
+            for (track, lane), tid in tids.items()
+        }
+        head = [_meta("process_name", 0, "hf_flash"), *(_meta("thread_name", *item) for item in labels.items())]
+        return {"traceEvents": head + events, "displayTimeUnit": "ms"}
+
+
+def _lane(lanes: list[float], span: Span) -> int:
+    """The first lane that is free when a read starts: events of one track must nest, and reads overlap."""
+    for lane, free in enumerate(lanes):
+        if free <= span.start:
+            lanes[lane] = span.stop
+            return lane
+    lanes.append(span.stop)
+    return len(lanes) - 1
+
+
+def _meta(what: str, tid: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": os.getpid(), "tid": tid, "args": {"name": name}}
+
+
+active: Recorder | None = None
+"""Who is told, if anyone."""
