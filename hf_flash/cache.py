@@ -51,7 +51,7 @@ class NeuronCache:
     def __init__(self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats) -> None:
         self.n_slots = min(n_slots, layer.n_neurons)
         self._store, self.layer, self._stats = store, layer, stats
-        self._window, self._n_used = window, 0
+        self._window, self.n_used = window, 0
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
         self.reset()
@@ -65,9 +65,19 @@ class NeuronCache:
         self._slot_of = np.full(self.layer.n_neurons, -1, dtype=np.int64)
         self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
         self.rows = aligned_empty(self.n_slots * self.layer.layout.row_bytes).view(self.n_slots, -1)  # [n, row_bytes]
-        self._stats.add(cache_bytes=-self._n_used * self.layer.layout.row_bytes)
-        self._n_used = 0
+        self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
+        self.n_used = 0
         self.window = Window(self.n_slots, self._window)
+
+    def books(self) -> tuple[IntArray, IntArray]:
+        """[n_neurons] slot of each neuron and [n_slots] neuron in each slot, -1 for none: for the native step."""
+        return self._slot_of, self._neuron_of
+
+    def took(self, n_used: int, clock: int) -> None:
+        """The native step has kept the books: so many slots are in use now, and so late it is."""
+        if n_used != self.n_used:
+            self._stats.add(cache_bytes=(n_used - self.n_used) * self.layer.layout.row_bytes)
+        self.n_used, self.window.clock = n_used, clock
 
     def cached(self, neurons: IntArray) -> IntArray:
         """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
@@ -123,8 +133,8 @@ class NeuronCache:
         self.window.use(slots)
 
     def _take_slots(self, n: int, busy_slots: IntArray) -> IntArray:
-        fresh = np.arange(self._n_used, min(self._n_used + n, self.n_slots), dtype=np.int64)
-        self._n_used += len(fresh)
+        fresh = np.arange(self.n_used, min(self.n_used + n, self.n_slots), dtype=np.int64)
+        self.n_used += len(fresh)
         self._stats.add(cache_bytes=len(fresh) * self.layer.layout.row_bytes)
         if len(fresh) == n:
             return fresh

@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +25,11 @@ from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
+from hf_flash.step import NativeStep
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.stream import Stream
 
 TRANSPOSE_ROWS = 128  # rows transposed at a time: stays in the CPU cache
-
-
-class Biases(NamedTuple):
-    """The biases of a block, each [d_ffn], [d_ffn], [d_out] or None."""
-
-    gate: torch.Tensor | None = None
-    up: torch.Tensor | None = None
-    down: torch.Tensor | None = None
-
-    def part(self, index: slice | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Up and gate bias of some neurons, in the order of `ops.hidden`."""
-        return (None if self.up is None else self.up[index], None if self.gate is None else self.gate[index])
 
 
 Piece = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # neurons, gate, up, down rows
@@ -52,7 +41,7 @@ class Engine(ABC):
     layer: FlashLayer
 
     @abstractmethod
-    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         """The FFN's output.
 
         Args:
@@ -66,7 +55,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
+    def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -121,7 +110,7 @@ class SweepEngine(Engine):
         self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
         self._max_tokens = max_tokens
 
-    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         n_tokens = x.numel() // x.shape[-1]
         self._stats.add(neurons_wanted=self.layer.n_neurons)
         if n_tokens > self._max_tokens:
@@ -130,7 +119,7 @@ class SweepEngine(Engine):
             return torch.cat(parts).view(*x.shape[:-1], -1)
         return self._forward(x, act, biases)
 
-    def _forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         if self._dense is None:
             with self._stream.lock:
                 if self._dense is None:  # another thread may have pinned the layer meanwhile
@@ -143,7 +132,7 @@ class SweepEngine(Engine):
             trace.active.add(trace.ARITHMETIC, t0, time.perf_counter(), self.layer.path)
         return y
 
-    def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+    def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         layout, n = self.layer.layout, self.layer.n_neurons
         column_major = x.dtype == torch.float16  # see ops.project
         shape = (layout.d_out, n) if column_major else (n, layout.d_out)
@@ -189,7 +178,7 @@ class SweepEngine(Engine):
         return None if first is None else front[:, : layout.d_model], front[:, end - layout.d_model :]
 
     @contextlib.contextmanager
-    def pieces(self, x: torch.Tensor, biases: Biases) -> Iterator[Iterator[Piece]]:
+    def pieces(self, x: torch.Tensor, biases: ops.Biases) -> Iterator[Iterator[Piece]]:
         with self._stream.lock:
             if self._dense is not None:
                 gate, up, down = self._dense
@@ -280,9 +269,14 @@ class SparseEngine(Engine):
         self.layer, self.gate, self.cache = layer, gate, cache
         self._store, self._work, self._stats = store, work, stats
         self._batch_rows = batch_rows
+        self._step = NativeStep(store, layer, gate, cache, stats) if NativeStep.can(store, layer) else None
 
-    def forward(self, x: torch.Tensor, act: ops.Activation, biases: Biases) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
+        if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
+            found = self._native_step(self._step, flat, act, biases)
+            if found is not None:
+                return found.view(*x.shape[:-1], found.shape[-1])
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, recent = self._wanted(flat, biases)
         t1 = time.perf_counter()
@@ -298,8 +292,19 @@ class SparseEngine(Engine):
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _native_step(
+        self, step: NativeStep, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases
+    ) -> torch.Tensor | None:
+        with self.cache.lock:
+            try:
+                return step.run(flat, act, biases)
+            except BaseException:  # Ctrl-C too: no slot is trusted again, and none is given away while it is read into
+                step.settle()
+                self.cache.reset()
+                raise
+
     def _few_tokens(
-        self, flat: torch.Tensor, code: tuple[int, float], biases: Biases, neurons: IntArray
+        self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray
     ) -> tuple[torch.Tensor, int]:
         """The native kernel on the slots themselves: no row is copied."""
         layout = self.layer.layout
@@ -319,7 +324,7 @@ class SparseEngine(Engine):
         return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
 
     def _many_tokens(
-        self, flat: torch.Tensor, act: ops.Activation, biases: Biases, neurons: IntArray, recent: IntArray
+        self, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases, neurons: IntArray, recent: IntArray
     ) -> tuple[torch.Tensor, int]:
         """Matrix products on gathered rows, batch by batch."""
         y: torch.Tensor | None = None
@@ -343,13 +348,13 @@ class SparseEngine(Engine):
             y = (y if biases.down is None else y + biases.down).to(flat.dtype)
         return y, int(fired.sum())
 
-    def _wanted(self, flat: torch.Tensor, biases: Biases) -> tuple[IntArray, IntArray]:
+    def _wanted(self, flat: torch.Tensor, biases: ops.Biases) -> tuple[IntArray, IntArray]:
         """Neurons that any token wants, and (where they do not all fit) those that the last one does; both sorted."""
         bias = biases.gate if self.layer.layout.gated else biases.up
         neurons, recent = self.gate.decide(flat, bias)
         return neurons, neurons if self.cache.fits(neurons) else recent.nonzero()[:, 0].numpy()
 
-    def pieces(self, x: torch.Tensor, biases: Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
+    def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         flat = x.reshape(-1, x.shape[-1])
         return self._batches(*self._wanted(flat, biases), flat.shape[0])
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_flash import ops
-from hf_flash.engine import Biases, Engine
+from hf_flash.engine import Engine
 from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, Part
 from hf_flash.memory import trim_malloc
@@ -86,7 +86,7 @@ class FlashFFN(nn.Module):
         act: Any = self._hidden_act[0] if self._hidden_act else self.get_submodule(self._act_path)
         return act  # type: ignore[no-any-return]
 
-    def biases(self) -> Biases:
+    def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts."""
 
         def get(part: Part | None, is_down: bool = False) -> torch.Tensor | None:
@@ -97,7 +97,7 @@ class FlashFFN(nn.Module):
                 return owner.bias  # type: ignore[no-any-return]
             return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
 
-        return Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))
+        return ops.Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))
 
     @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
@@ -113,14 +113,21 @@ class FlashFFN(nn.Module):
             self.trim_once = False
             trim_malloc()
         x = ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
-        with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
-            trained = self._trained() if torch.is_grad_enabled() else []
-            if torch.is_grad_enabled() and (x.requires_grad or trained):
-                y: torch.Tensor = _FlashFunction.apply(x, self, *trained)
-            else:
-                with torch.no_grad():
-                    y = self.engine.forward(x, self.own_activation, self.biases())
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            y = self.engine.forward(x, self.own_activation, self.biases())
+        else:
+            with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
+                y = self._differentiable(x)
         return y + residual[0] if self.block.takes_residual and residual else y
+
+    def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's output, with a gradient where one is wanted."""
+        assert self.engine is not None
+        trained = self._trained() if torch.is_grad_enabled() else []
+        if torch.is_grad_enabled() and (x.requires_grad or trained):
+            return _FlashFunction.apply(x, self, *trained)  # type: ignore[no-any-return]
+        with torch.no_grad():
+            return self.engine.forward(x, self.own_activation, self.biases())
 
     def _trained(self) -> list[nn.Parameter]:
         """Biases and parameters of the activation that want a gradient; the weights on flash are frozen."""

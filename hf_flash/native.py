@@ -53,6 +53,11 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_gate.argtypes = [
         _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _F, _F, _F, _F, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_step_bytes.restype = _I
+    lib.hf_flash_step_bytes.argtypes = []
+    for step in (lib.hf_flash_step, lib.hf_flash_step_on):
+        step.restype = _N
+        step.argtypes = [_P, _P, _I, _N, _P]
     lib.hf_flash_pack.restype = _I
     lib.hf_flash_pack.argtypes = [_P, _I, _I, _I, _N, _P, _I, _P, _P]
     lib.hf_flash_exponents.restype = None
@@ -88,7 +93,7 @@ _lib = _load()
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded extension, for readers/uring.py and packing.py; None where it was not built."""
+    """The loaded extension, for readers/uring.py, packing.py and step.py; None where it was not built."""
     return _lib
 
 

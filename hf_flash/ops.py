@@ -7,11 +7,24 @@ subset whose complement is silent gives the same result, in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Biases(NamedTuple):
+    """The biases of a block, each [d_ffn], [d_ffn], [d_out] or None."""
+
+    gate: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+
+    def part(self, index: slice | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Up and gate bias of some neurons, in the order of `ops.hidden`."""
+        return (None if self.up is None else self.up[index], None if self.gate is None else self.gate[index])
 
 
 def autocast_input(x: torch.Tensor) -> torch.Tensor:

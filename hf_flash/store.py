@@ -103,7 +103,7 @@ class FlashStore:
 
     def __init__(self, files: Mapping[str, Path], reader: Reader) -> None:
         self.reader = reader
-        self._sink = aligned_empty(MAX_GAP_BYTES)  # where the rows go that an extent only passes over
+        self.sink = aligned_empty(MAX_GAP_BYTES)  # where the rows go that an extent only passes over
         self.layers: dict[str, FlashLayer] = {}
         self.files = dict(files)
         for file_name, path in self.files.items():
@@ -142,10 +142,10 @@ class FlashStore:
             The ticket to wait for, bytes requested, and the number of reads.
         """
         size = layer.rows.row_bytes
-        assert max_gap_rows * size <= len(self._sink)
+        assert max_gap_rows * size <= len(self.sink)
         return self.reader.submit_rows(
             layer.rows.file, layer.rows.start, size, rows, view_bytes(targets), slots, max_gap_rows,
-            view_bytes(self._sink),
+            view_bytes(self.sink),
         )  # fmt: skip
 
     def read_rows(self, layer: FlashLayer, rows: IntArray) -> torch.Tensor:

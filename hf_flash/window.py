@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from hf_flash.plan import IntArray
 
+_NEVER = -1e300
+
 
 class Window:
     """Use of the slots of one layer.
@@ -25,8 +27,9 @@ class Window:
 
     def __init__(self, n_slots: int, n_tokens: int = 5, half_life: float = 32.0) -> None:
         self._last = np.full(n_slots, -(1 << 40), dtype=np.int64)  # clock of the last use
-        self._score = np.zeros(n_slots, dtype=np.float64)  # as of the last use
-        self._k, self._half_life, self.clock = n_tokens, half_life, 0
+        # log2 of the score as of the last use, + that time in half lives: in this form it does not change with time.
+        self._key = np.full(n_slots, _NEVER, dtype=np.float64)
+        self.n_tokens, self.half_life, self.clock = n_tokens, half_life, 0
 
     def tick(self, n_tokens: int = 1) -> None:
         """A forward pass of `n_tokens` tokens begins."""
@@ -34,13 +37,13 @@ class Window:
 
     def use(self, slots: IntArray) -> None:
         """These slots are used by the current tokens."""
-        age = (self.clock - self._last[slots]) / self._half_life
-        self._score[slots] = 1.0 + self._score[slots] * np.exp2(-np.minimum(age, 1000.0))
+        now = self.clock / self.half_life
+        self._key[slots] = np.log2(1.0 + np.exp2(np.maximum(self._key[slots] - now, -1000.0))) + now
         self._last[slots] = self.clock
 
     def forget(self, slots: IntArray) -> None:
         """These slots hold another neuron from now on."""
-        self._last[slots], self._score[slots] = -(1 << 40), 0.0
+        self._last[slots], self._key[slots] = -(1 << 40), _NEVER
 
     def victims(self, n: int, busy: npt.NDArray[np.bool_]) -> IntArray:
         """The `n` slots to give up first.
@@ -52,10 +55,12 @@ class Window:
         Returns:
             [n] slot numbers.
         """
-        age = self.clock - self._last
-        worth = np.log2(np.maximum(self._score, 1e-300)) - np.minimum(age, 1 << 30) / self._half_life
-        worth = np.where(age < self._k, worth + 1e12, worth)  # in the window: after everything older
+        worth = np.where(self.clock - self._last < self.n_tokens, self._key + 1e12, self._key)  # the window goes last
         worth[busy] = np.inf
         if n >= len(worth):
             return np.arange(len(worth))
         return np.argpartition(worth, n)[:n] if n else np.empty(0, np.int64)
+
+    def books(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """[n_slots] clock of the last use and [n_slots] worth, as they are kept: for the native step."""
+        return self._last, self._key

@@ -9,8 +9,9 @@ import torch
 from hf_flash.errors import ReadError
 from hf_flash.format import FORMAT_VERSION, TensorFileWriter, TensorSpec
 from hf_flash.layout import BundleLayout
+from hf_flash.packing import choose_base, count_exponents, pack
 from hf_flash.readers import Read, Reader, Ticket
-from hf_flash.store import DTYPE_NAMES, LAYERS_KEY
+from hf_flash.store import DTYPE_NAMES, LAYERS_KEY, escapes_name
 
 
 def random_bytes(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -19,18 +20,30 @@ def random_bytes(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
 
 
 def write_layers(folder: Path, layers: dict[str, tuple[BundleLayout, torch.Tensor]]) -> dict[str, Path]:
-    """A flash file with some layers; each is its layout and its rows, [n_neurons, row_bytes] uint8."""
+    """A flash file with some layers; each is its layout and its rows, [n_neurons, row_bytes] uint8, not packed yet."""
     path = folder / "flash-00001-of-00001.safetensors"
     specs, geometry = [], {}
+    lists: dict[str, torch.Tensor] = {}
     for index, (module, (layout, rows)) in enumerate(layers.items()):
+        base = None
+        if layout.packed:
+            values = rows.view(torch.bfloat16)[:, : layout.n_elements]
+            base = choose_base(count_exponents(values))[0]
+            rows, how = pack(values, base, torch.zeros(len(rows), layout.row_bytes, dtype=torch.uint8))
+            neurons = torch.arange(len(rows), dtype=torch.int32).repeat_interleave(how.start.diff())
+            lists[escapes_name(module)] = torch.stack([neurons, how.escapes], dim=1).contiguous()
+            layers[module] = (layout, rows)
         specs.append(TensorSpec(f"{module}.bundles", "U8", tuple(rows.shape), rows.numel(), 4 * layout.row_bytes))
         geometry[f"{module}.bundles"] = {
             "index": index, "module": module, "n_neurons": len(rows), "d_model": layout.d_model,
-            "d_out": layout.d_out, "gated": layout.gated, "dtype": DTYPE_NAMES[layout.dtype],
+            "d_out": layout.d_out, "gated": layout.gated, "dtype": DTYPE_NAMES[layout.dtype], "exponent": base,
         }  # fmt: skip
+    specs += [TensorSpec(name, "I32", tuple(t.shape), t.nbytes) for name, t in lists.items()]
     writer = TensorFileWriter(path, specs, {LAYERS_KEY: json.dumps(geometry)}, aligned=True)
     for module, (_, rows) in layers.items():
         writer.write(f"{module}.bundles", memoryview(rows.numpy()))
+    for name, pairs in lists.items():
+        writer.write(name, pairs.view(torch.uint8).numpy().data)
     writer.finish()
     return {path.name: path}
 

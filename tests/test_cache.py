@@ -94,7 +94,7 @@ def test_a_looked_up_row_is_the_row_on_flash(
             cache.reset()
             assert model.cached() == set()
         model.check()
-    assert model.stats.cache_bytes == cache._n_used * LAYOUT.row_bytes <= cache.n_slots * LAYOUT.row_bytes
+    assert model.stats.cache_bytes == cache.n_used * LAYOUT.row_bytes <= cache.n_slots * LAYOUT.row_bytes
 
 
 def test_a_cache_as_large_as_the_layer_reads_each_neuron_once(files: dict[str, Path]) -> None:

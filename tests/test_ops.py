@@ -14,11 +14,12 @@ from transformers.activations import ReLUSquaredActivation
 
 from hf_flash import native, ops
 from hf_flash.cache import NeuronCache
-from hf_flash.engine import Biases, Engine, SparseEngine, SweepEngine, WorkBuffers
+from hf_flash.engine import Engine, SparseEngine, SweepEngine, WorkBuffers
 from hf_flash.errors import ReadError
 from hf_flash.families import FATReLU, zero_below
 from hf_flash.gates import CertifiedGate, Sketch
 from hf_flash.layout import BundleLayout
+from hf_flash.ops import Biases
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.stream import Stream

@@ -67,6 +67,31 @@ INLINE float round_f16(float v) {  // to nearest, ties to even; overflow to infi
   return out;
 }
 
+INLINE float any_f16(uint16_t v) {  // infinite and NaN too
+  if ((v & 0x7c00) != 0x7c00) return from_f16(v);
+  uint32_t bits = static_cast<uint32_t>(v & 0x8000u) << 16 | 0x7f800000u | static_cast<uint32_t>(v & 0x3ffu) << 13;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+INLINE uint16_t bits_bf16(float v) {  // of a value that is a bfloat16
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return static_cast<uint16_t>(bits >> 16 | (v != v ? 0x40u : 0u));  // NaN must not become infinite
+}
+
+INLINE uint16_t bits_f16(float v) {  // of a value that is a float16
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000u);
+  if (v != v) return static_cast<uint16_t>(sign | 0x7e00u);
+  const float a = std::fabs(v);
+  if (a >= 65536.0f) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (a < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<uint16_t>(a * 0x1p24f));
+  return static_cast<uint16_t>(sign | (((bits >> 13) & 0x3ffffu) - (112u << 10)));
+}
+
 INLINE float round_to(float v, int dtype) {
   if (dtype == BF16) return round_bf16(v);
   if (dtype == F16) return round_f16(v);

@@ -55,8 +55,8 @@ GROUP = 64
 SKETCH_KIND = "dithered sketch"  # as gates.safetensors names it
 BLOCK_NEURONS = 512  # neurons dequantized at a time: bounds the scratch memory
 GATE_TOKENS = 64  # tokens scored at a time: the same
-_UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
-_WEIGHTS, _INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
+_WEIGHTS, INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
 
 @dataclasses.dataclass
@@ -201,11 +201,11 @@ class CertifiedGate:
     ) -> None:
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
         self._weight_dtype = weight_dtype
-        self._log = -math.log(delta) / 6 if delta > 0 else None
+        self.log_term = -math.log(delta) / 6 if delta > 0 else None
         self._offset = sketch.offset()
         self._bias: tuple[object, torch.Tensor | None] = (None, None)  # the last bias that was seen, and as float32
         # A bar above 0 is lowered by what float16 rounds off near 0 and by what comparing in float32 does.
-        self._bar = threshold * (1 - 2.0**-20) - 2.0**-24 if threshold > 0 else 0.0
+        self.bar = threshold * (1 - 2.0**-20) - 2.0**-24 if threshold > 0 else 0.0
 
     def upper(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Upper bound of the pre-activations that the dense model computes.
@@ -217,7 +217,7 @@ class CertifiedGate:
         Returns:
             [n_tokens, n_neurons] float32; infinite or NaN where nothing is promised.
         """
-        unit, sketch, operand = _UNIT[x.dtype], self.sketch, _operand_unit()
+        unit, sketch, operand = UNIT[x.dtype], self.sketch, _operand_unit()
         x32 = x.float()
         squares, size = self._measure(x32)
         scores = torch.cat(
@@ -226,9 +226,9 @@ class CertifiedGate:
         )  # [T, n]
         step = sketch.step.float() / 2.0 ** (sketch.bits - 4)
         t = 4 * (squares.sqrt() @ step.t())  # for certain
-        if self._log is not None:
-            t = torch.minimum(t, (self._log * (squares @ step.square().t())).sqrt_())
-        gamma = self._gamma()
+        if self.log_term is not None:
+            t = torch.minimum(t, (self.log_term * (squares @ step.square().t())).sqrt_())
+        gamma = self.gamma()
         v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype)
         v = v + unit * v.abs()
         if bias is not None:
@@ -243,23 +243,23 @@ class CertifiedGate:
         padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model))
         squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)
         largest = x32.abs().amax(-1, keepdim=True)
-        judged = (largest == 0) | ((largest >= _INPUTS[0]) & (largest <= _INPUTS[1]))
+        judged = (largest == 0) | ((largest >= INPUTS[0]) & (largest <= INPUTS[1]))
         return squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
 
-    def _gamma(self) -> float:
+    def gamma(self) -> float:
         """Bound of what a float32 sum of d_model products is off by, relative to |w| |x|."""
         m = (self.sketch.d_model + 8) * 2.0**-24
         return m / (1 - m) + _operand_unit()
 
-    def _per_norm(self, dtype: torch.dtype) -> tuple[float, float]:
+    def per_norm(self, dtype: torch.dtype) -> tuple[float, float]:
         """What arithmetic in `dtype` may add to a score: per |x| and per norm of the neuron, and per |x| alone."""
-        unit, stored = _UNIT[dtype], self._weight_dtype
-        per_norm = self._gamma() * (2 + unit) + (unit if unit > _UNIT[stored] else 0.0)
+        unit, stored = UNIT[dtype], self._weight_dtype
+        per_norm = self.gamma() * (2 + unit) + (unit if unit > UNIT[stored] else 0.0)
         return per_norm, 2.0**-25 * math.sqrt(self.sketch.d_model) if dtype == torch.float16 != stored else 0.0
 
     def _slack(self, dtype: torch.dtype) -> torch.Tensor:
         """What arithmetic in `dtype` may add to a score, per |x|. [n_neurons]"""
-        per_norm, tiny = self._per_norm(dtype)
+        per_norm, tiny = self.per_norm(dtype)
         return self.sketch.norm * per_norm + tiny
 
     def wanted(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -268,7 +268,7 @@ class CertifiedGate:
         Returns:
             [n_tokens, n_neurons] bool; False is a proof of silence. A NaN or infinite input wants every neuron.
         """
-        return ~(self.upper(x, bias) <= self._bar)
+        return ~(self.upper(x, bias) <= self.bar)
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
         """Which neurons any of some tokens may need, and which the last one may; natively where that is built.
@@ -280,10 +280,10 @@ class CertifiedGate:
             Sorted neuron numbers, and [n_neurons] bool.
         """
         if native.available() and x.shape[0] <= native.MAX_TOKENS:
-            per_norm, tiny = self._per_norm(x.dtype)
+            per_norm, tiny = self.per_norm(x.dtype)
             return native.gate(
-                x, self.sketch, self._offset, self._bias_like(x, bias), self._log, self._gamma(), per_norm, tiny,
-                _UNIT[x.dtype], self._bar, _INPUTS,
+                x, self.sketch, self._offset, self._bias_like(x, bias), self.log_term, self.gamma(), per_norm, tiny,
+                UNIT[x.dtype], self.bar, INPUTS,
             )  # fmt: skip
         start = time.perf_counter()
         union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)

@@ -116,7 +116,7 @@ class ThreadReader(Reader):
     def open(self, path: Path) -> int:
         path = Path(path).absolute()
         with self._lock:
-            self._check_open()
+            self.check_open()
             if path not in self._by_path:
                 self._files.append(_File(path))
                 self._by_path[path] = len(self._files) - 1
@@ -132,7 +132,7 @@ class ThreadReader(Reader):
         if trace.active is not None:
             ticket.n_bytes = sum(len(buffer) for read in reads for buffer in read.buffers)
         with self._lock:
-            self._check_open()
+            self.check_open()
             for part in range(n_parts):
                 self._pool.submit(self._run, reads[part::n_parts], ticket)
         return ticket
@@ -154,7 +154,7 @@ class ThreadReader(Reader):
             self._pool.shutdown(wait=False)
             self._close_files()
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         if self._closed:
             raise ReadError(errno.EBADF, "the flash files of this model were closed; load the model again")
 

@@ -47,7 +47,7 @@ class UringReader(ThreadReader):
 
     def submit(self, reads: list[Read]) -> Ticket:
         with self._lock:
-            self._check_open()
+            self.check_open()
         for read in reads:
             block = self._files[read.file].block
             if block == 1 or len(read.buffers) > IOV_MAX or not is_aligned(read, block):
@@ -82,7 +82,7 @@ class UringReader(ThreadReader):
         if block == 1 or start % block or row_bytes % block or base.ctypes.data % block:
             return super().submit_rows(file, start, row_bytes, rows, targets, slots, max_gap_rows, sink)
         with self._lock:
-            self._check_open()
+            self.check_open()
         rows, slots = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(slots, np.int64)
         n_bytes, n_reads = ctypes.c_int64(), ctypes.c_int64()
         ticket = self._ticket([base, junk])
@@ -96,6 +96,20 @@ class UringReader(ThreadReader):
             ticket.n_bytes = n_bytes.value
             trace.active.add(trace.SUBMIT, begun, time.perf_counter(), bytes=n_bytes.value, reads=n_reads.value)
         return ticket, n_bytes.value, n_reads.value
+
+    @property
+    def ring(self) -> int | None:
+        """The native ring, None once it is closed."""
+        return self._ring
+
+    def fd(self, file: int) -> int:
+        """File descriptor of a file."""
+        return self._files[file].fd
+
+    def direct_rows(self, file: int, start: int, row_bytes: int) -> bool:
+        """Whether rows of a tensor can be read straight into page-aligned slots."""
+        block = self._files[file].block
+        return block > 1 and start % block == 0 and row_bytes % block == 0
 
     def _ticket(self, arrays: list[np.ndarray]) -> _UringTicket:
         """A ticket that this reader knows before the kernel does.

@@ -1,0 +1,185 @@
+"""The native step is the Python path: same outputs, same neurons, true books; and it survives what stops it."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers_flash import write_layers
+from torch import nn
+
+from hf_flash import native
+from hf_flash.cache import NeuronCache
+from hf_flash.engine import SparseEngine, WorkBuffers
+from hf_flash.errors import ReadError
+from hf_flash.families import FATReLU, zero_below
+from hf_flash.gates import CertifiedGate, Sketch
+from hf_flash.layout import BundleLayout
+from hf_flash.ops import Biases
+from hf_flash.readers import UringReader, open_reader
+from hf_flash.stats import FlashStats
+from hf_flash.step import NativeStep
+from hf_flash.store import FlashStore
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+N, D = 700, 128
+
+
+class Layer:
+    """Weights of one FFN, and the file that they lie in."""
+
+    def __init__(self, folder: Path, stored: torch.dtype, gated: bool, biased: bool, packed: bool) -> None:
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, generator=generator) * 0.1).to(stored)
+
+        self.up, self.down, self.gate = draw(N, D), draw(D, N), draw(N, D) if gated else None
+        bias = draw(N) - 0.5
+        self.biases = Biases(bias if gated else None, draw(N) if gated else bias, draw(D)) if biased else Biases()
+        layout = BundleLayout(D, D, gated, stored, packed)
+        rows = BundleLayout(D, D, gated, stored).pack(self.up, self.down.t(), self.gate)
+        self.files = write_layers(folder, {"ffn": (layout, rows)})
+
+    def engine(self, act: nn.Module, n_slots: int, native_step: bool) -> SparseEngine:
+        stats = FlashStats()
+        store = FlashStore(self.files, open_reader())
+        layer = store.layers["ffn"]
+        deciding = self.up if self.gate is None else self.gate
+        gate = CertifiedGate(Sketch.of(deciding, 6), threshold=zero_below(act) or 0.0, weight_dtype=deciding.dtype)
+        engine = SparseEngine(
+            store, layer, gate, NeuronCache(store, layer, n_slots, 3, stats), 64, WorkBuffers(), stats
+        )
+        assert isinstance(store.reader, UringReader) == NativeStep.can(store, layer)
+        if not isinstance(store.reader, UringReader):
+            pytest.skip("io_uring cannot be had here")
+        if not native_step:
+            engine._step = None
+        return engine
+
+
+def books_are_true(engine: SparseEngine) -> None:
+    """Every slot holds the row of the neuron that it is said to hold."""
+    slot_of, neuron_of = engine.cache.books()
+    held = (slot_of >= 0).nonzero()[0]
+    assert (neuron_of[slot_of[held]] == held).all()
+    assert len(set(slot_of[held].tolist())) == len(held) <= engine.cache.n_used <= engine.cache.n_slots
+    rows = engine._store.read_rows(engine.layer, held)
+    assert torch.equal(engine.cache.rows[torch.from_numpy(slot_of[held])], rows)
+
+
+def walk(n: int, dtype: torch.dtype, n_tokens: int = 1) -> list[torch.Tensor]:
+    """Inputs of which each is much like the one before."""
+    generator, x = torch.Generator().manual_seed(7), torch.zeros(n_tokens, D)
+    out = []
+    for _ in range(n):
+        x = 0.8 * x + torch.randn(n_tokens, D, generator=generator)
+        out.append(x.to(dtype))
+    return out
+
+
+@pytest.mark.parametrize("packed,stored", [(False, F32), (False, F16), (False, BF16), (True, BF16)])
+@pytest.mark.parametrize("gated,biased", [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_a_step_is_what_python_does(
+    tmp_path: Path, stored: torch.dtype, packed: bool, gated: bool, biased: bool, dtype: torch.dtype
+) -> None:
+    layer = Layer(tmp_path, stored, gated, biased, packed)
+    for act in (nn.ReLU(), FATReLU(0.05)):
+        ours, theirs = (layer.engine(act, 500, way) for way in (True, False))
+        for n_tokens in (1, 3, 8):
+            for x in walk(6, dtype, n_tokens):
+                y, want = (engine.forward(x, act, layer.biases) for engine in (ours, theirs))
+                assert y.dtype == dtype and y.shape == want.shape
+                torch.testing.assert_close(
+                    y, want, atol=2e-5 if dtype == F32 else 2e-2, rtol=1e-5 if dtype == F32 else 2e-2
+                )
+        books_are_true(ours)
+        for name in ("neurons_wanted", "neurons_fired"):
+            assert getattr(ours._stats, name) == getattr(theirs._stats, name)
+        assert ours._stats.neurons_read == pytest.approx(theirs._stats.neurons_read, rel=0.05)  # ties fall either way
+        assert ours._stats.cache_bytes == theirs._stats.cache_bytes
+        assert (
+            ours._stats.bytes_read == ours._stats.neurons_read * ours.layer.layout.row_bytes or ours.cache.max_gap_rows
+        )
+
+
+def test_steps_and_sweeps_take_turns(tmp_path: Path) -> None:
+    """Few slots and passes of many tokens between the steps: one set of books, and both keep it."""
+    layer, act = Layer(tmp_path, BF16, False, True, True), nn.ReLU()
+    ours, theirs = (layer.engine(act, 160, way) for way in (True, False))
+    for i, x in enumerate(walk(12, F32)):
+        x = x if i % 3 else torch.randn(40, D)
+        y, want = (engine.forward(x, act, layer.biases) for engine in (ours, theirs))
+        torch.testing.assert_close(y, want, atol=2e-5, rtol=1e-5)
+        books_are_true(ours)
+
+
+def test_a_bias_that_changed_is_seen(tmp_path: Path) -> None:
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    engine, x = layer.engine(act, N, True), torch.randn(1, D)
+    before = engine.forward(x, act, layer.biases)
+    layer.biases.down.add_(1)
+    torch.testing.assert_close(engine.forward(x, act, layer.biases), before + 1)
+
+
+def test_an_unknown_activation_goes_the_other_way(tmp_path: Path) -> None:
+    layer = Layer(tmp_path, F32, False, True, False)
+    engine, x = layer.engine(nn.ReLU(), N, True), torch.randn(1, D)
+    want = engine.forward(x, nn.ReLU(), layer.biases)
+    torch.testing.assert_close(engine.forward(x, lambda z: z.relu(), layer.biases), want)
+
+
+def test_a_failed_read_is_an_error_and_the_next_step_is_right(tmp_path: Path) -> None:
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    engine, x = layer.engine(act, N, True), torch.randn(1, D)
+    want = engine.forward(x, act, layer.biases)
+    engine.cache.reset()
+    path = next(iter(layer.files.values()))
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 2)
+    with pytest.raises(ReadError, match="ended early"):
+        engine.forward(x, act, layer.biases)
+    path.write_bytes(whole)
+    torch.testing.assert_close(engine.forward(x, act, layer.biases), want)
+    books_are_true(engine)
+
+
+def test_a_closed_reader_is_an_error(tmp_path: Path) -> None:
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    engine = layer.engine(act, N, True)
+    engine._store.close()
+    with pytest.raises(ReadError, match="closed"):
+        engine.forward(torch.randn(1, D), act, layer.biases)
+
+
+def test_signals_between_steps_lose_nothing(tmp_path: Path) -> None:
+    """Ctrl-C at 60 different moments; what is computed afterwards is right each time."""
+    layer, act = Layer(tmp_path, BF16, True, True, True), nn.ReLU()
+    engine, inputs = layer.engine(act, 200, True), walk(40, F32)
+    reference = layer.engine(act, N, False)
+    want = [reference.forward(x, act, layer.biases) for x in inputs]
+    n_stopped = 0
+    for i in range(60):
+        timer = threading.Timer(0.0002 * (1 + i % 20), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            deadline = time.monotonic() + 0.02
+            while time.monotonic() < deadline:
+                for x in inputs:
+                    engine.forward(x, act, layer.biases)
+        except KeyboardInterrupt:
+            n_stopped += 1
+        timer.join()
+        try:
+            torch.testing.assert_close(
+                engine.forward(inputs[i % 40], act, layer.biases), want[i % 40], atol=2e-5, rtol=1e-5
+            )
+        except KeyboardInterrupt:
+            n_stopped += 1
+    assert n_stopped > 30
+    books_are_true(engine)
