@@ -29,7 +29,7 @@ from hf_flash.ffn import FlashFFN
 from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
-from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedLinear
+from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
@@ -58,6 +58,7 @@ class FlashRuntime:
         config, plan, stats: as the user sees them.
         store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
         located: where the resident tensors lie.
+        tied: path of a head that is streamed or packed -> path of the embedding that it is.
         stored_paths: module path -> its name on flash, where the checkpoint was made from another class of the model.
     """
 
@@ -65,6 +66,7 @@ class FlashRuntime:
         self.config, self.plan, self.blocks, self.located = config, plan, blocks, located
         self.stats = FlashStats(plan=plan.to_dict())
         self.stored_paths: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         self.gates_file: Path | None = None
         self.store: FlashStore | None = None
@@ -158,7 +160,8 @@ def demand_of(
     size = model.dtype.itemsize
     ffn_keys = {part.key for b in blocks for part in (b.gate, b.up, b.down) if part is not None}
     matrices = _matrices(model, ffn_keys, located)
-    elsewhere = ffn_keys | {f"{m.path}.weight" for m in matrices} | set(model.all_tied_weights_keys)
+    elsewhere = ffn_keys | {f"{path}.weight" for m in matrices for path in (m.path, m.tied)}
+    elsewhere |= set(model.all_tied_weights_keys)
     fixed = sum(p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in elsewhere) + sum(
         b.numel() * b.element_size() for b in model.buffers()
     )
@@ -205,16 +208,27 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
 
 
 def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | None) -> list[Matrix]:
-    """Matrices that may be streamed: stored as they are, stock classes, tied to nothing."""
+    """Matrices that may be streamed or packed: stored as they are, stock classes, tied to nothing.
+
+    One tie is understood: a head that is the input embedding, both of stock classes, where it can be packed.
+    """
     if located is None:
         return []
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    tied |= set((getattr(model, "all_tied_weights_keys", {}) or {}).values())
+    ties = _ties(model)
+    tied = set(ties) | set(ties.values())
+    embedding = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
     head, out = [], []
     for path, module in model.named_modules():
         key = f"{path}.weight"
         entry = located.by_param.get(key)
-        if type(module) not in (nn.Linear, nn.Embedding) or key in ffn_keys | tied or entry is None:
+        if type(module) not in (nn.Linear, nn.Embedding) or key in ffn_keys or entry is None:
+            continue
+        is_tied_head = (
+            type(module) is nn.Linear and module is model.get_output_embeddings()
+            and ties.get(key) == f"{embedding}.weight" and list(ties.values()).count(ties[key]) == 1
+            and type(model.get_input_embeddings()) is nn.Embedding
+        )  # fmt: skip
+        if key in tied and not is_tied_head:
             continue
         if entry.dtype not in DTYPES or tuple(module.weight.shape) != entry.shape:
             continue
@@ -224,10 +238,16 @@ def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | Non
         if module is model.get_input_embeddings() and type(module) is nn.Embedding:
             out.append(Matrix(path, n_bytes, True, row, entry.n_bytes))
         elif type(module) is nn.Linear and module is model.get_output_embeddings():
-            head.append(Matrix(path, n_bytes, False, row, entry.n_bytes, packed))
+            if packed or not is_tied_head:
+                head.append(Matrix(path, n_bytes, False, row, entry.n_bytes, packed, embedding if is_tied_head else ""))
         elif type(module) is nn.Linear and re.search(r"\.\d+\.", path):
             out.append(Matrix(path, n_bytes, False, row, entry.n_bytes, packed))
     return head + out
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another one: name -> the other's name."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
 
 
 def _packed_bytes(shape: torch.Size) -> int:
@@ -265,8 +285,14 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
         install(model, block, ffn)
         patterns += [re.escape(part.key) for part in parts]
     for path in (*runtime.plan.streamed, *runtime.plan.packed):
-        parent, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, _replacement(model.get_submodule(path), path in runtime.plan.packed))
+        embedding = _ties(model).pop(f"{path}.weight", "").removesuffix(".weight")
+        if embedding:
+            runtime.tied[path] = embedding
+            patterns.append(re.escape(f"{embedding}.weight"))
+        for name in filter(None, (path, embedding)):
+            parent, _, leaf = name.rpartition(".")
+            new = _replacement(model.get_submodule(name), path in runtime.plan.packed)
+            setattr(model.get_submodule(parent), leaf, new)
         patterns.append(re.escape(f"{path}.weight"))
     ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
@@ -277,7 +303,7 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
 
 def _replacement(stock: Any, packed: bool) -> nn.Module:
     if isinstance(stock, nn.Embedding):
-        return FlashEmbedding(stock)
+        return PackedEmbedding(stock) if packed else FlashEmbedding(stock)
     return PackedLinear(stock) if packed else FlashLinear(stock)
 
 
@@ -313,6 +339,10 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 module.stats, module.trim_once = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
+    for path, embedding in runtime.tied.items():
+        head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
+        if isinstance(looked_up, PackedEmbedding) and isinstance(head, PackedLinear):
+            looked_up.connect(head)
     logger.info(
         f"hf_flash: {len(store.layers)} FFN layers on flash, memory {format_size(plan.memory)}, of which "
         f"{format_size(plan.parts['FFN cache'])} for FFN weights; gates {sorted(set(plan.gates.values()))}."

@@ -33,7 +33,8 @@ class Matrix:
     """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only.
 
     On flash it is in the checkpoint's dtype, so `row_bytes` and `flash_bytes` may differ from what DRAM would hold.
-    `packed_bytes` is what it takes in 12 bits a weight, 0 where it cannot be packed.
+    `packed_bytes` is what it takes in 12 bits a weight, 0 where it cannot be packed. `tied` is the path of the
+    embedding that shares it, if one does.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Matrix:
     row_bytes: int = 0
     flash_bytes: int = 0
     packed_bytes: int = 0
+    tied: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,8 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // 128 // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
+    share = 128 if any(not layer.sketches for layer in demand.layers) else 512  # large chunks are for streams
+    chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
         if plan is not None:

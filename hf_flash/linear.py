@@ -214,9 +214,7 @@ class FlashEmbedding(_OnFlash):
             IndexError: an id is out of range, as nn.Embedding does.
         """
         assert self._reader is not None
-        ids, inverse = input.reshape(-1).unique(return_inverse=True)
-        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self.num_embeddings:
-            raise IndexError(f"token ids {int(ids[0])}..{int(ids[-1])} are not all below {self.num_embeddings}")
+        ids, inverse = _checked(input, self.num_embeddings)
         size = self._rows.row_bytes
         out = torch.empty(len(ids), size, dtype=torch.uint8)
         view = view_bytes(out.view(-1))
@@ -232,6 +230,46 @@ class FlashEmbedding(_OnFlash):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, on flash"
+
+
+class PackedEmbedding(_OnFlash):
+    """An Embedding that is a head as well, and stays in DRAM in 12 bits a weight.
+
+    Args:
+        stock: the module that it replaces.
+    """
+
+    def __init__(self, stock: nn.Embedding) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
+        self.padding_idx = stock.padding_idx
+        self.weight = _no_weight(stock.weight.dtype)
+
+    def connect(self, head: PackedLinear) -> None:
+        """Say which head has the weight."""
+        self.rows, self.packing = head.rows, head.packing
+
+    @torch.compiler.disable
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[...] token ids -> [..., embedding_dim], as nn.Embedding.
+
+        Raises:
+            IndexError: an id is out of range, as nn.Embedding does.
+        """
+        ids, inverse = _checked(input, self.num_embeddings)
+        rows = unpack(self.rows, self.packing, ids, ids)[inverse].to(self.weight.dtype)
+        return rows.view(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, 12 bits a weight"
+
+
+def _checked(input: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, each once and sorted, and where each is in the input."""
+    ids, inverse = input.reshape(-1).to(torch.int64).unique(return_inverse=True)
+    if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < n:
+        raise IndexError(f"token ids {int(ids[0])}..{int(ids[-1])} are not all below {n}")
+    return ids, inverse
 
 
 def _no_weight(dtype: torch.dtype) -> torch.Tensor:

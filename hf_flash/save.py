@@ -76,7 +76,7 @@ def state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         assert runtime.located is not None
         entry = runtime.located.by_param[f"{path}.weight"]
         with safe_open(entry.path, framework="pt") as file:
-            out[f"{path}.weight"] = file.get_tensor(entry.name)
+            out[f"{runtime.tied.get(path, path)}.weight"] = file.get_tensor(entry.name)  # a shared one once
     for block in runtime.blocks:
         for part in (block.gate, block.up, block.down):
             if part is not None:

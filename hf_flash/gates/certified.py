@@ -53,8 +53,8 @@ from hf_flash.plan import IntArray
 
 GROUP = 64
 SKETCH_KIND = "dithered sketch"  # as gates.safetensors names it
-BLOCK_NEURONS = 512  # neurons dequantized at a time: bounds the scratch memory
-GATE_TOKENS = 64  # tokens scored at a time: the same
+BLOCK_NEURONS = 256  # neurons dequantized at a time: bounds the scratch memory
+GATE_TOKENS = 16  # tokens scored at a time: the same
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 _WEIGHTS, INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
