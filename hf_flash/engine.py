@@ -29,6 +29,7 @@ from hf_flash.step import NativeStep
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.stream import Stream
 
+EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
 TRANSPOSE_ROWS = 128  # rows transposed at a time: stays in the CPU cache
 
 
@@ -303,6 +304,24 @@ class SparseEngine(Engine):
                 self.cache.reset()
                 raise
 
+    @property
+    def steps(self) -> bool:
+        """Whether a few tokens take one native call."""
+        return self._step is not None
+
+    def early(self, x: torch.Tensor, biases: ops.Biases) -> None:
+        """Start reading what the layer will likely want, from a guess of its input [..., d_model]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self._step is None or not 0 < flat.shape[0] <= EARLY_TOKENS:
+            return
+        with self.cache.lock:
+            try:
+                self._step.early(flat, biases)
+            except BaseException:
+                self._step.settle()
+                self.cache.reset()
+                raise
+
     def _few_tokens(
         self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray
     ) -> tuple[torch.Tensor, int]:
@@ -374,9 +393,13 @@ class SparseEngine(Engine):
         """The cache and the scratch are this thread's; if the pass is stopped, neither is trusted again."""
         with self._work.lock, self.cache.lock:
             try:
+                if self._step is not None:
+                    self._step.land()
                 self.cache.window.tick(n_tokens)
                 yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
+                if self._step is not None:
+                    self._step.settle()
                 self.cache.reset()
                 self._work.forget()
                 raise

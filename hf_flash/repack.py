@@ -427,7 +427,8 @@ def _pack_rows(source: Source, block: FFNBlock, rows: torch.Tensor, writer: Tens
     _, packing = pack(rows.view(torch.bfloat16)[:, : layout.n_elements], survey[0], out)
     neurons = torch.arange(block.d_ffn, dtype=torch.int32).repeat_interleave(packing.start.diff())
     pairs = torch.stack([neurons, packing.escapes], dim=1).contiguous()
-    writer.write(escapes_name(block.path), pairs.view(torch.uint8).numpy().data)
+    if len(pairs):
+        writer.write(escapes_name(block.path), pairs.view(torch.uint8).numpy().data)
     return out
 
 

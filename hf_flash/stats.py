@@ -22,7 +22,8 @@ class FlashStats:
         n_reads: read requests issued.
         neurons_wanted: neurons the gates asked for, summed over layers and forwards.
         neurons_hit: of those, how many were in DRAM already.
-        neurons_read: of those, how many were read from flash.
+        neurons_read: how many were read from flash, wrong guesses of the early gate among them.
+        neurons_early: of those wanted, how many the early gate had guessed, so that they were there or on their way.
         neurons_fired: of those wanted, how many had an activation other than zero (gate `certified`).
         gate_s: seconds in gates.
         wait_s: seconds spent waiting for flash.
@@ -38,6 +39,7 @@ class FlashStats:
     neurons_wanted: int = 0
     neurons_hit: int = 0
     neurons_read: int = 0
+    neurons_early: int = 0
     neurons_fired: int = 0
     gate_s: float = 0.0
     wait_s: float = 0.0

@@ -32,15 +32,19 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *[(name, _I) for name in ("d", "d_out", "n")],
-        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("arithmetic", _F * 4 * 3),
+        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("offset4", _P),
+        ("arithmetic", _F * 4 * 3),
         ("log_term", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
         *[(name, _P) for name in ("slot_of", "neuron_of", "last", "key", "rows")],
         *[(name, _I) for name in ("n_slots", "n_used", "row_bytes", "window", "clock")], ("half_life", _D),
-        ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P), ("batch", _P),
+        ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P),
+        ("batch", _P), ("early", _P),
         *[(name, _I) for name in ("gated", "packed", "dtype", "base", "act")], ("threshold", _F),
         *[(name, _P) for name in ("escapes_start", "escapes", "gate_bias", "up_bias", "down_bias")],
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
-        ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P), ("recent", _P),
+        *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
+        ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P),
+        ("early_ids", _P), ("recent", _P),
     ]  # fmt: skip
 
 
@@ -64,14 +68,16 @@ class NativeStep:
         self._s = s = _Step()
         self._by_reference = ctypes.byref(s)
         layout, sketch = layer.layout, gate.sketch
-        self._scratch = (np.empty(layer.n_neurons, np.int64), np.empty(layer.n_neurons, np.int64))
+        self._scratch = [np.empty(layer.n_neurons, np.int64) for _ in range(3)]
         self._recent, self._offset = np.empty(layer.n_neurons, np.uint8), sketch.offset()
         self._keep = (store, gate, sketch)  # what the pointers below point into
         s.d, s.d_out, s.n = layout.d_model, layout.d_out, layer.n_neurons
         s.nibbles, s.step, s.norm = sketch.nibbles.data_ptr(), sketch.step.data_ptr(), sketch.norm.data_ptr()
         for i, plane in enumerate(sketch.planes):
             s.planes[i] = plane.data_ptr()
+        self._offset4 = sketch.with_bits(4).offset()
         s.offset, s.bits, s.bar = self._offset.data_ptr(), sketch.bits, gate.bar
+        s.offset4 = self._offset4.data_ptr()
         s.log_term = -1.0 if gate.log_term is None else gate.log_term
         s.least, s.most = INPUTS
         for i, dtype in enumerate(_DTYPES):
@@ -84,7 +90,8 @@ class NativeStep:
         if layer.packing is not None:
             s.base, s.escapes_start = layer.packing.base, layer.packing.start.data_ptr()
             s.escapes = layer.packing.escapes.data_ptr()
-        s.ids, s.slots, s.recent = self._scratch[0].ctypes.data, self._scratch[1].ctypes.data, self._recent.ctypes.data
+        s.ids, s.slots, s.early_ids = (a.ctypes.data for a in self._scratch)
+        s.recent = self._recent.ctypes.data
         self._act: tuple[Activation | None, torch.dtype | None] = (None, None)
         self._known = False
         self._biases: list[tuple[object, torch.Tensor | None]] = [(None, None)] * 3
@@ -135,13 +142,51 @@ class NativeStep:
         self._count(begun)
         return y
 
+    def early(self, x: torch.Tensor, biases: Biases) -> None:
+        """Start reading what the layer will likely want.
+
+        Args:
+            x: [T, d_model], a guess of the input to come.
+
+        Raises:
+            ReadError: an earlier read failed.
+        """
+        self._reader.check_open()
+        self._point(x.dtype, biases)
+        x = x.contiguous()
+        begun = time.perf_counter() if trace.active is not None else 0.0
+        result = 2
+        while result == 2:
+            result = self._lib.hf_flash_step_early(self._by_reference, x.data_ptr(), x.shape[0], native.CODES[x.dtype])
+        if result == 1:
+            raise self._failure()
+        self._cache.took(self._s.n_used, self._s.clock)
+        if begun and trace.active is not None:
+            trace.active.add(trace.EARLY, begun, time.perf_counter(), self._layer.path, native=True)
+
+    def land(self) -> None:
+        """Wait for what was read early, before anyone else looks into the slots.
+
+        Raises:
+            ReadError: a read failed.
+        """
+        while self._s.early:
+            result = self._lib.hf_flash_batch_wait(self._s.ring, self._s.early)
+            if result == 1:
+                raise self._failure()
+            if result == 0:
+                self._lib.hf_flash_batch_free(self._s.early)
+                self._s.early = None
+
     def settle(self) -> None:
         """Wait until nothing is written into the slots any more; errors are not raised."""
-        if self._s.batch:
-            while self._lib.hf_flash_batch_wait(self._s.ring, self._s.batch) == 2:
+        for name in ("early", "batch"):
+            batch = getattr(self._s, name)
+            while batch and self._lib.hf_flash_batch_wait(self._s.ring, batch) == 2:
                 pass
-            self._lib.hf_flash_batch_free(self._s.batch)
-            self._s.batch = None
+            if batch:
+                self._lib.hf_flash_batch_free(batch)
+                setattr(self._s, name, None)
 
     def _point(self, dtype: torch.dtype, biases: Biases) -> None:
         """Pointers to what may have changed since the last call: the cache's memory, biases."""
@@ -161,16 +206,18 @@ class NativeStep:
                 setattr(s, ("gate_bias", "up_bias", "down_bias")[i], None if rounded is None else rounded.data_ptr())
 
     def _failure(self) -> BaseException:
-        error = self._reader.error_of(self._s.batch)
+        error = self._reader.error_of(self._s.early or self._s.batch)
         self.settle()
         return error
 
     def _count(self, begun: float) -> None:
         s = self._s
         self._stats.add(
-            neurons_wanted=s.n_wanted, neurons_hit=s.n_wanted - s.n_read, neurons_read=s.n_read, bytes_read=s.n_bytes,
-            n_reads=s.n_reads, neurons_fired=s.n_fired, gate_s=s.gate_s, wait_s=s.wait_s, compute_s=s.ffn_s,
+            neurons_wanted=s.n_wanted, neurons_hit=s.n_wanted - s.n_read - s.n_early_right,
+            neurons_read=s.n_read + s.n_early, neurons_early=s.n_early_right, bytes_read=s.n_bytes + s.early_bytes,
+            n_reads=s.n_reads + s.n_early, neurons_fired=s.n_fired, gate_s=s.gate_s, wait_s=s.wait_s, compute_s=s.ffn_s,
         )  # fmt: skip
+        s.n_early = s.early_bytes = 0
         if trace.active is None or not begun:
             return
         stop = time.perf_counter()
@@ -184,5 +231,5 @@ class NativeStep:
             trace.active.add_read(computing - s.wait_s, computing, s.n_bytes)
 
     def __del__(self) -> None:
-        if self._s.batch and self._reader.ring:
+        if self._reader.ring:
             self.settle()

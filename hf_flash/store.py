@@ -272,6 +272,8 @@ def read_checked(header: TensorFile, entry: TensorEntry) -> torch.Tensor:
         CheckpointError: the file ended early. ChecksumError: the bytes differ.
     """
     out = torch.empty(entry.n_bytes, dtype=torch.uint8, device="cpu")
+    if not entry.n_bytes:
+        return out
     with open(header.path, "rb", buffering=0) as file:
         file.seek(entry.start)
         if file.readinto(out.numpy().data) != entry.n_bytes:

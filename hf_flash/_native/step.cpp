@@ -27,7 +27,7 @@ struct Step {  // step.py has the same fields in the same order
   const uint8_t *nibbles;
   const uint64_t *planes[4];
   const uint16_t *step;
-  const float *norm, *offset;
+  const float *norm, *offset, *offset4;  // what a code of 0 stands for: with all bits, with 4
   float arithmetic[3][4];
   float log_term, bar, least, most;
   int64_t bits;
@@ -41,7 +41,7 @@ struct Step {  // step.py has the same fields in the same order
   void *ring;
   int64_t fd, start, max_gap, max_rows;
   uint8_t *sink;
-  void *batch;
+  void *batch, *early;  // under way: what a step misses, what hf_flash_step_early guessed
   // The FFN.
   int64_t gated, packed, dtype, base, act;
   float threshold;
@@ -49,10 +49,10 @@ struct Step {  // step.py has the same fields in the same order
   const uint32_t *escapes;
   const float *gate_bias, *up_bias, *down_bias;  // [n], [n], [d_out], rounded to the dtype of x; or null
   // What was found.
-  int64_t n_wanted, n_read, n_bytes, n_reads, n_fired;
+  int64_t n_wanted, n_read, n_bytes, n_reads, n_fired, n_early, n_early_right, early_bytes;
   double gate_s, wait_s, ffn_s;
   // Scratch.
-  int64_t *ids, *slots;  // [n]
+  int64_t *ids, *slots, *early_ids;  // [n]
   uint8_t *recent;       // [n]
 };
 }
@@ -70,6 +70,16 @@ std::vector<float> to_float(const void *x, int64_t n, int dtype) {
   for (int64_t i = 0; i < n && dtype != F32; i++)
     out[static_cast<size_t>(i)] = dtype == BF16 ? from_bf16(half[i]) : any_f16(half[i]);
   return out;
+}
+
+// Waits for a batch and forgets it. 0: it is there; 1: a read failed, and the batch says which; 2: a signal came.
+int land(Step *s, void **batch) {
+  if (!*batch) return 0;
+  const int result = hf_flash_batch_wait(s->ring, *batch);
+  if (result) return result;
+  hf_flash_batch_free(*batch);
+  *batch = nullptr;
+  return 0;
 }
 
 void use(Step *s, int64_t slot) {  // the score halves with every half life, and each use adds one
@@ -92,35 +102,46 @@ std::vector<int64_t> victims(const Step *s, int64_t n) {
   return free;
 }
 
-// Slots of the wanted neurons, and reads under way for those that were in none.
-void fetch(Step *s, const int64_t *ids, int64_t n, int64_t *slots) {
-  std::vector<int64_t> missing, to;
-  for (int64_t i = 0; i < n; i++) {
-    slots[i] = s->slot_of[ids[i]];
-    if (slots[i] < 0) missing.push_back(ids[i]);
-    else use(s, slots[i]);
-  }
-  const int64_t n_missing = static_cast<int64_t>(missing.size());
-  const int64_t fresh = std::min(n_missing, s->n_slots - s->n_used);
-  const std::vector<int64_t> old = victims(s, n_missing - fresh);
+// Slots for neurons that are in none: fresh ones, then `old`; and reads into them.
+void *read_into_slots(Step *s, const std::vector<int64_t> &missing, const std::vector<int64_t> &old, int64_t *n_bytes,
+                      int64_t *n_reads) {
+  *n_bytes = *n_reads = 0;
+  if (missing.empty()) return nullptr;
+  std::vector<int64_t> to;
   for (int64_t slot : old) {
     if (s->neuron_of[slot] >= 0) s->slot_of[s->neuron_of[slot]] = -1;
     s->key[slot] = -1e300;
   }
-  for (int64_t k = 0; k < n_missing; k++) {
+  const int64_t n = static_cast<int64_t>(missing.size()), fresh = n - static_cast<int64_t>(old.size());
+  for (int64_t k = 0; k < n; k++) {
     const int64_t slot = k < fresh ? s->n_used + k : old[static_cast<size_t>(k - fresh)];
+    const int64_t neuron = missing[static_cast<size_t>(k)];
+    s->slot_of[neuron] = slot, s->neuron_of[slot] = neuron;
     to.push_back(slot);
-    s->slot_of[missing[static_cast<size_t>(k)]] = slot;
-    s->neuron_of[slot] = missing[static_cast<size_t>(k)];
     use(s, slot);
   }
   s->n_used += fresh;
-  for (int64_t i = 0; i < n; i++) slots[i] = s->slot_of[ids[i]];
-  s->n_read = n_missing, s->n_bytes = s->n_reads = 0;
-  if (n_missing)
-    s->batch = hf_flash_ring_submit_rows(s->ring, static_cast<int>(s->fd), s->start, s->row_bytes, missing.data(),
-                                         n_missing, reinterpret_cast<uint64_t>(s->rows), to.data(), s->max_gap,
-                                         s->max_rows, reinterpret_cast<uint64_t>(s->sink), &s->n_bytes, &s->n_reads);
+  return hf_flash_ring_submit_rows(s->ring, static_cast<int>(s->fd), s->start, s->row_bytes, missing.data(), n,
+                                   reinterpret_cast<uint64_t>(s->rows), to.data(), s->max_gap, s->max_rows,
+                                   reinterpret_cast<uint64_t>(s->sink), n_bytes, n_reads);
+}
+
+// Slots of the wanted neurons, and reads under way for those that were in none.
+void fetch(Step *s) {
+  std::vector<int64_t> missing;
+  int64_t early = 0;
+  s->n_early_right = 0;
+  for (int64_t i = 0; i < s->n_wanted; i++) {
+    const int64_t neuron = s->ids[i], slot = s->slot_of[neuron];
+    if (slot < 0) missing.push_back(neuron);
+    else use(s, slot);
+    while (early < s->n_early && s->early_ids[early] < neuron) early++;
+    s->n_early_right += early < s->n_early && s->early_ids[early] == neuron;
+  }
+  s->n_read = static_cast<int64_t>(missing.size());
+  const std::vector<int64_t> old = victims(s, std::max<int64_t>(0, s->n_read - (s->n_slots - s->n_used)));
+  s->batch = read_into_slots(s, missing, old, &s->n_bytes, &s->n_reads);
+  for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->ids[i]];
 }
 
 std::vector<float> gather(const float *bias, const int64_t *ids, int64_t n) {
@@ -154,14 +175,11 @@ void compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
 }
 
 int wait_and_compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
-  if (s->batch) {
-    const double begun = now();
-    const int result = hf_flash_batch_wait(s->ring, s->batch);
-    s->wait_s += now() - begun;
-    if (result) return result;  // 1: a read failed, the batch says which; 2: a signal
-    hf_flash_batch_free(s->batch);
-    s->batch = nullptr;
-  }
+  const double begun = now();
+  int result = land(s, &s->early);
+  if (!result) result = land(s, &s->batch);
+  s->wait_s += now() - begun;
+  if (result) return result;
   compute(s, x, T, dtype, y);
   return 0;
 }
@@ -186,9 +204,39 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
   }
   s->gate_s = now() - begun, s->wait_s = s->ffn_s = 0;
   if (s->n_wanted > s->n_slots) return 3;
-  s->clock += T > 1 ? T : 1;
-  fetch(s, s->ids, s->n_wanted, s->slots);
+  s->clock += T;
+  fetch(s);
   return wait_and_compute(s, x, T, dtype, y);
+}
+
+// Start reading what the layer will likely want, from an input x that is only like the one to come: scored with 4 bits
+// and no margin. Takes only slots that are fresh or outside the window. Returns as hf_flash_step does.
+int hf_flash_step_early(Step *s, const void *x, int64_t T, int dtype) {
+  s->n_early = s->early_bytes = 0;
+  int result = land(s, &s->early);
+  if (result) return result;
+  const std::vector<float> x32 = to_float(x, T * s->d, dtype);
+  const int64_t n = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, nullptr, nullptr, nullptr, nullptr, s->step, s->norm,
+                                  s->offset4, s->gated ? s->gate_bias : s->up_bias, 4, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, s->bar,
+                                  s->least, s->most, s->early_ids, s->recent);
+  std::vector<int64_t> missing;
+  for (int64_t i = 0; i < n && n <= s->n_slots; i++)
+    if (s->slot_of[s->early_ids[i]] < 0) missing.push_back(s->early_ids[i]);
+  int64_t room = s->n_slots - s->n_used;
+  s->clock += T;  // the time of the step to come
+  std::vector<int64_t> old;
+  if (static_cast<int64_t>(missing.size()) > room) {
+    for (int64_t i = 0; i < s->n_used; i++) room += s->clock - s->last[i] >= s->window;
+    if (static_cast<int64_t>(missing.size()) > room) missing.resize(static_cast<size_t>(room));
+    old = victims(s, std::max<int64_t>(0, static_cast<int64_t>(missing.size()) - (s->n_slots - s->n_used)));
+  }
+  int64_t n_reads;
+  s->early = read_into_slots(s, missing, old, &s->early_bytes, &n_reads);
+  for (int64_t neuron : missing) s->key[s->slot_of[neuron]] -= 3;  // a guess is worth less than a use
+  s->clock -= T;
+  s->n_early = static_cast<int64_t>(missing.size());
+  std::copy(missing.begin(), missing.end(), s->early_ids);
+  return 0;
 }
 
 int hf_flash_step_on(Step *s, const void *x, int64_t T, int dtype, void *y) { return wait_and_compute(s, x, T, dtype, y); }
