@@ -234,7 +234,9 @@ def gaps(args: Any, path: Path) -> list[dict[str, Any]]:
 
 
 def print_reads(rows: list[dict[str, Any]], other: str) -> None:
-    table = [["KiB", "depth", "ours MB/s", f"{other} MB/s", "share", "ours CPU s/GB", f"{other} CPU s/GB", "CPU", "met"]]
+    table = [
+        ["KiB", "depth", "ours MB/s", f"{other} MB/s", "share", "ours CPU s/GB", f"{other} CPU s/GB", "CPU", "met"]
+    ]
     for r in rows:
         table.append([
             str(r["size"] // KIB), str(r["depth"]), common.mb(r["ours"]["bytes_per_s"]),
@@ -262,7 +264,9 @@ def parse() -> Any:
     parser = common.parser(__doc__)
     parser.add_argument("--sizes", type=numbers, default=SIZES, help="bytes a read, comma-separated")
     parser.add_argument("--depths", type=numbers, default=DEPTHS, help="reads in flight (default 1,4,16,32,64)")
-    parser.add_argument("--turns", type=int, default=9, help="turns of each side where judged, else a third (default 9)")
+    parser.add_argument(
+        "--turns", type=int, default=9, help="turns of each side where judged, else a third (default 9)"
+    )
     parser.add_argument("--seconds", type=float, default=0.15, help="of one turn (default 0.15)")
     parser.add_argument("--file-bytes", type=int, default=512 * common.MIB, help="size of the file (default 512 MiB)")
     args = parser.parse_args()
