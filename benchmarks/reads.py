@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,16 +176,14 @@ def compare(args: Any, path: Path, other: str) -> list[dict[str, Any]]:
             turns: dict[str, list[dict[str, float]]] = {"ours": [], other: []}
             with reader_of("uring", depth) as ring, reader_of("threads", depth) as pool:
                 ours = Ours(ring, path, size, depth)
-                theirs: Callable[[], dict[str, float]] = (
-                    (lambda size=size, depth=depth: fio_run(path, size, depth, args.seconds))
-                    if other == "fio"
-                    else (lambda it=Ours(pool, path, size, depth): it.run(args.seconds))
-                )
+                theirs = None if other == "fio" else Ours(pool, path, size, depth)
                 judged = other == "fio" and size in JUDGED and depth >= JUDGED_DEPTH
                 for _ in range(args.turns if judged else -(-args.turns // 3)):
                     time.sleep(REST_S)
                     turns["ours"].append(ours.run(args.seconds))
-                    turns[other].append(theirs())
+                    turns[other].append(
+                        theirs.run(args.seconds) if theirs else fio_run(path, size, depth, args.seconds)
+                    )
             row = {"size": size, "depth": depth, **{side: middle(t) for side, t in turns.items()}, "judged": judged}
             row["share"] = row["ours"]["bytes_per_s"] / row[other]["bytes_per_s"]
             row["cpu"] = row["ours"]["cpu_s_per_gb"] / max(1e-9, row[other]["cpu_s_per_gb"])
@@ -304,7 +302,8 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
     met = all(r["met"] for r in rows)
     common.finish({
-        "benchmark": "reads", "other": other, "ceiling_bytes_per_s": ceiling, "min_share": MIN_SHARE, "max_cpu": MAX_CPU,
+        "benchmark": "reads", "other": other, "ceiling_bytes_per_s": ceiling, "min_share": MIN_SHARE,
+        "max_cpu": MAX_CPU,
         "rows": rows, "gaps": bridges, "met": met, "right": True, "machine": info,
     }, args.json)  # fmt: skip
     if not met and not args.smoke:
