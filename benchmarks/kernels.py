@@ -1,8 +1,8 @@
 """How close are the native kernels to the memory's speed?
 
-`sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that every
-byte of the rows is used: 500, 1000 and 2000 rows at random places, other ones in every call, which no cache holds. Beside
-it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in turns.
+`sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
+every byte of the rows is used: 500, 1000 and 2000 rows at random places, other ones in every call, which no cache
+holds. Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in turns.
 Medians count. `gate_scan` (8 bits) reads its sketch from end to end. All outputs are compared with torch operations.
 """
 
@@ -104,7 +104,8 @@ def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
         sweeps.append(sweep.run())
     ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
     return {
-        "kernel": "gate_scan", "dtype": "8 bits", "rows": big.codes.shape[0], "gb_per_s": ours, "sweep_gb_per_s": ceiling,
+        "kernel": "gate_scan", "dtype": "8 bits", "rows": big.codes.shape[0], "gb_per_s": ours,
+        "sweep_gb_per_s": ceiling,
         "share": ours / ceiling, "best_gb_per_s": max(speeds), "right": right,
     }  # fmt: skip
 

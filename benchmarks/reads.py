@@ -1,9 +1,9 @@
 """How close do our reads come to fio's on the same file, and how long a gap is worth reading over?
 
-Ours is what the engines call: `submit_rows` of random rows into slots (`submit` of consecutive 1 MiB pieces, as streamed
-layers are read), two batches under way, `depth` reads in the kernel. fio's io_uring engine gets the same file, sizes and
-depth, with O_DIRECT. The sides take short turns and the median of each counts; both rest before a turn, as a virtual disk
-may save up what was not read and lend it to whoever comes next. CPU is user + system time of the process, per GB read.
+Ours is what the engines call: `submit_rows` of random rows into slots (`submit` of consecutive 1 MiB pieces, as
+streamed layers are read), two batches under way, `depth` reads in the kernel. fio's io_uring engine gets the same file,
+sizes and depth, with O_DIRECT. The sides take short turns and the median of each counts; both rest before a turn, as a
+virtual disk may save up what was not read and lend it to whoever comes next. CPU is user + system time, per GB read.
 The file is read once before: the disk's host may keep a cache, and then whoever reads second would win. Without fio our
 pool of threads is the other side, and no target is judged.
 
