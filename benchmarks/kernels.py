@@ -1,7 +1,7 @@
 """How close are the native kernels to the memory's speed?
 
 `sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
-every byte of the rows is used: 500, 1000 and 2000 rows at random places, other ones in every call, which no cache holds.
+every byte of the rows is used: 500, 1000 and 2000 rows at random places, others in every call, which no cache holds.
 Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in
 turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
 On a machine that others use too the sweep, one long pass, loses more than the kernels: a share above 100 % says so.
