@@ -121,9 +121,36 @@ def tokens(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def reads(result: dict[str, Any]) -> str:
+    """One row per size and depth, then the gaps."""
+    other = result["other"]
+    rows = [
+        ["KiB a read", "depth", "ours MB/s", f"{other} MB/s", "share", "ours CPU s/GB", f"{other} CPU s/GB", "x CPU"]
+    ]
+    for r in result["rows"]:
+        ours, theirs = r["ours"], r[other]
+        speeds = common.mb(ours["bytes_per_s"]), common.mb(theirs["bytes_per_s"])
+        cpu = f"{ours['cpu_s_per_gb']:.3f}", f"{theirs['cpu_s_per_gb']:.3f}"
+        rows.append([f"{r['size'] >> 10}", str(r["depth"]), *speeds, f"{r['share']:.1%}", *cpu, f"{r['cpu']:.2f}"])
+    gaps = [["row KiB", "gap KiB: seconds of reading over it / of another read", "worth up to KiB"]]
+    for r in result["gaps"]:
+        each = ", ".join(f"{g['gap_bytes'] / 1024:g}: {g['over']:.2f}" for g in r["gaps"])
+        gaps.append([f"{r['row_bytes'] / 1024:g}", each, f"{r['break_even_bytes'] / 1024:g}"])
+    return f"{markdown(rows)}\n\n{markdown(gaps)}"
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """One row per kernel, number of threads, dtype and number of rows."""
+    rows = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share of the sweep"]]
+    for r in result["rows"]:
+        figures = f"{r['gb_per_s']:.1f}", f"{r['sweep_gb_per_s']:.1f}", f"{r['share']:.0%}"
+        rows.append([r["kernel"], str(r["threads"]), r["dtype"], str(r["rows"]), *figures])
+    return markdown(rows)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
-    "tokens": tokens,
+    "tokens": tokens, "reads": reads, "kernels": kernels,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ runs on torch operations. `HF_FLASH_NATIVE=0` turns the kernels off. Which way w
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -100,8 +101,17 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether the native kernels are built and switched on."""
+    """Whether the native kernels are built and switched on. Logged once, when first asked."""
+    _say_which()
     return _lib is not None
+
+
+@functools.cache
+def _say_which() -> None:
+    why = (
+        "HF_FLASH_NATIVE=0" if os.environ.get("HF_FLASH_NATIVE") == "0" else "the extension was not built or not loaded"
+    )
+    logger.info("hf_flash: computing with " + ("native kernels." if _lib else f"torch operations ({why})."))
 
 
 def activation_code(

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens")
+QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels")
 
 
 @pytest.fixture(scope="session")

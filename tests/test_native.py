@@ -51,6 +51,32 @@ def test_sparse_ffn_is_the_reference_on_the_gathered_rows(dtype, gated, act, n_t
     assert n_fired == int((h != 0).any(0).sum())
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 15, 16, 17, 33])
+@pytest.mark.parametrize("gated", [False, True])
+def test_sparse_ffn_of_any_number_of_rows(n, gated) -> None:
+    """Four rows make a step and sixteen a block: what is left over counts once, and silent rows do not count."""
+    torch.manual_seed(n)
+    layout = BundleLayout(40, 24, gated, torch.float32)
+    up, down, gate = torch.randn(50, 40), torch.randn(50, 24), torch.randn(50, 40)
+    rows, slots = layout.pack(up, down, gate if gated else None), torch.randperm(50)[:n]
+    x = torch.randn(2, 40)
+    y, n_fired = native.sparse_ffn(x, rows, slots, 40, 24, gated, torch.float32, (0, 0.0))
+    h = torch.relu(x @ (gate if gated else up)[slots].t()) * (x @ up[slots].t() if gated else 1)
+    torch.testing.assert_close(y, h @ down[slots], rtol=1e-4, atol=1e-4)
+    assert n_fired == int((h != 0).any(0).sum())
+
+
+def test_every_finite_half_is_widened_to_itself() -> None:
+    """All 65536 halves but infinities and NaN: a weight alone in its row comes out as it is, subnormals too."""
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    down = halves[halves.isfinite()]
+    rows = BundleLayout(1, len(down), False, torch.float16).pack(torch.ones(1, 1).half(), down.view(1, -1), None)
+    y, _ = native.sparse_ffn(
+        torch.ones(1, 1), rows, torch.zeros(1, dtype=torch.int64), 1, len(down), False, torch.float16, (0, 0.0)
+    )
+    assert torch.equal(y[0], down.float())
+
+
 def test_sparse_ffn_of_no_slots_is_zero() -> None:
     rows = torch.zeros(4, 512, dtype=torch.uint8)
     y, n_fired = native.sparse_ffn(

@@ -33,16 +33,12 @@ INLINE float from_bf16(uint16_t v) {
   return out;
 }
 
-INLINE float from_f16(uint16_t v) {  // finite values; a few integer operations, so that every compiler vectorizes it
-  uint32_t bits = static_cast<uint32_t>(v & 0x7fffu) << 13, sign = static_cast<uint32_t>(v & 0x8000u) << 16;
-  float magnitude;
-  std::memcpy(&magnitude, &bits, 4);
-  magnitude *= 0x1p112f;  // moves the exponent from half's bias to float's, subnormals included
-  std::memcpy(&bits, &magnitude, 4);
-  bits |= sign;
+INLINE float from_f16(uint16_t v) {  // finite values; four operations on integers, so that every compiler vectorizes it
+  const uint32_t wide = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(v)));  // the sign, all the way up
+  const uint32_t bits = (wide << 13) & 0x8fffe000u;
   float out;
   std::memcpy(&out, &bits, 4);
-  return out;
+  return out * 0x1p112f;  // moves the exponent from half's bias to float's, subnormals included
 }
 
 INLINE float round_bf16(float v) {  // to nearest, ties to even; NaN stays NaN

@@ -3,7 +3,11 @@
 // One ring per reader. A batch is what was submitted together; its reads go into the submission queue as far as the
 // depth allows, the others wait in line and follow as reads complete. Whoever waits for a batch reaps for all: one
 // waiter at a time sleeps in the kernel (the leader), the others on a condition variable, so no completion is lost between
-// them. Short reads go on where they stopped; EINTR and EAGAIN are tried again. Raw system calls, no liburing.
+// them; the call that it sleeps in also submits what moved up. Short reads go on where they stopped; EINTR and EAGAIN are
+// tried again. Raw system calls, no liburing.
+//
+// Several threads share a ring, so it is set up without SINGLE_ISSUER and DEFER_TASKRUN, and without COOP_TASKRUN: there a
+// completion waits until the thread that submitted the read enters the kernel again, while another thread waits for it.
 #include <cerrno>
 #include <condition_variable>
 #include <cstdint>
@@ -20,6 +24,8 @@
 #include <unistd.h>
 
 namespace {
+
+constexpr size_t MAX_READ = 1u << 30;  // what one call reads is capped near 2 GiB anyway; the rest goes on as a short read
 
 struct Batch;
 
@@ -50,6 +56,7 @@ struct Ring {
   std::mutex mutex;
   std::condition_variable reaped;
   bool leader = false;
+  bool plain_read = false;  // IORING_OP_READ is known (Linux 5.6): no vector to copy in for a read into one buffer
   std::deque<Op *> line;  // reads that found no room in the queue
 
   int enter(unsigned submit, unsigned wait) {
@@ -61,11 +68,13 @@ struct Ring {
     const unsigned tail = *sq_tail, index = tail & *sq_mask;
     io_uring_sqe *sqe = &sqes[index];
     std::memset(sqe, 0, sizeof *sqe);
-    sqe->opcode = IORING_OP_READV;
+    const iovec *iov = &op->batch->iov[op->iov];
+    const bool one = plain_read && op->n_iov == 1 && iov->iov_len <= MAX_READ;
+    sqe->opcode = one ? IORING_OP_READ : IORING_OP_READV;
     sqe->fd = op->fd;
     sqe->off = static_cast<uint64_t>(op->offset + op->got);
-    sqe->addr = reinterpret_cast<uint64_t>(&op->batch->iov[op->iov]);
-    sqe->len = static_cast<uint32_t>(op->n_iov);
+    sqe->addr = reinterpret_cast<uint64_t>(one ? iov->iov_base : iov);
+    sqe->len = static_cast<uint32_t>(one ? iov->iov_len : op->n_iov);
     sqe->user_data = reinterpret_cast<uint64_t>(op);
     sq_array[index] = index;
     __atomic_store_n(sq_tail, tail + 1, __ATOMIC_RELEASE);
@@ -84,18 +93,38 @@ struct Ring {
   }
 
   void advance() {  // with the mutex: move reads from the line into the queue
-    unsigned n = 0;
-    while (!line.empty() && in_flight + n < depth) {
+    while (!line.empty() && in_flight < depth) {
       push(line.front());
       line.pop_front();
-      n++;
+      in_flight++;
     }
-    in_flight += n;
-    while (queued() && (enter(queued(), 0) >= 0 || errno == EINTR)) {
-    }  // what the kernel has no room for now stays queued; the leader's next call takes it along
   }
 
-  unsigned queued() const { return *sq_tail - __atomic_load_n(sq_head, __ATOMIC_ACQUIRE); }
+  // One read a call: of several the kernel holds the first back until the last is prepared, and the device idles
+  // meanwhile, a sixth of its reads/s at a depth of 16 (benchmarks/reads.py).
+  void flush() {  // what the kernel has no room for now stays queued; the leader's next call takes it along
+    while (queued() && (enter(1, 0) >= 0 || errno == EINTR)) {
+    }
+  }
+
+  // Submit what is queued and sleep until `wait` reads are complete; may return before that.
+  int sleep(unsigned wait) {
+    for (unsigned left = queued(); left > 1; left--) {
+      if (enter(1, 0) != 1) return enter(queued(), 1);  // no room, or another thread submitted it
+    }
+    const unsigned left = queued();
+    return enter(left, left > 1 ? 1 : wait);
+  }
+
+  // Completions worth sleeping for. One would wake us for every read; more than a few of a deep queue and it runs dry.
+  unsigned patience(const Batch *b) const {
+    const unsigned few = in_flight / 16;
+    return few < 1 ? 1 : b->left < static_cast<int64_t>(few) ? static_cast<unsigned>(b->left) : few;
+  }
+
+  bool landed() const { return *cq_head != __atomic_load_n(cq_tail, __ATOMIC_ACQUIRE); }
+
+  unsigned queued() const { return __atomic_load_n(sq_tail, __ATOMIC_RELAXED) - __atomic_load_n(sq_head, __ATOMIC_ACQUIRE); }
 
   void complete(Op *op, int result) {
     in_flight--;
@@ -133,6 +162,7 @@ struct Ring {
     for (Op &op : b->ops) line.push_back(&op);
     if (!leader) reap();  // a leader may sleep until the very completion that would be taken here
     else advance();
+    flush();
   }
 };
 
@@ -175,6 +205,7 @@ void *hf_flash_ring_open(unsigned depth) {
     return nullptr;
   }
   r->depth = depth < p.sq_entries ? depth : p.sq_entries;
+  r->plain_read = p.features & IORING_FEAT_RW_CUR_POS;  // came with IORING_OP_READ
   r->sq_size = p.sq_off.array + p.sq_entries * sizeof(unsigned);
   r->cq_size = p.cq_off.cqes + p.cq_entries * sizeof(io_uring_cqe);
   if (p.features & IORING_FEAT_SINGLE_MMAP) r->sq_size = r->cq_size = r->sq_size > r->cq_size ? r->sq_size : r->cq_size;
@@ -261,15 +292,19 @@ int hf_flash_batch_wait(void *handle, void *batch) {
     r->reap();
     if (b->left <= 0) break;
     r->leader = true;
+    const unsigned wait = r->patience(b);
     hold.unlock();
-    const int result = r->enter(r->queued(), 1);
+    const int result = r->sleep(wait);
     const int error = result < 0 ? errno : 0;
     hold.lock();
     r->leader = false;
+    // A call that submitted something says so and not EINTR: nothing there to reap tells the signal.
+    const bool signal = error == EINTR || (result >= 0 && !r->landed());
     r->reap();
     r->reaped.notify_all();
-    if (error == EINTR && b->left > 0) return 2;
+    if (signal && b->left > 0) return 2;
   }
+  r->flush();  // other batches' reads moved up, and nobody else may come to submit them
   r->reaped.notify_all();
   return b->error ? 1 : 0;
 }
@@ -277,7 +312,7 @@ int hf_flash_batch_wait(void *handle, void *batch) {
 int hf_flash_batch_ready(void *handle, void *batch) {
   Ring *r = static_cast<Ring *>(handle);
   std::lock_guard<std::mutex> hold(r->mutex);
-  if (!r->leader) r->reap();
+  if (!r->leader) r->reap(), r->flush();
   return static_cast<Batch *>(batch)->left <= 0;
 }
 

@@ -1,0 +1,165 @@
+"""How close are the native kernels to the memory's speed?
+
+`sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
+every byte of the rows is used: 500, 1000 and 2000 rows at random places, others in every call, which no cache holds.
+Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in
+turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
+On a machine that others use too the sweep, one long pass, loses more than the kernels: a share above 100 % says so.
+"""
+
+# ruff: noqa: PLC0415  (--help needs no torch)
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import common
+
+MIN_SHARE = 0.8  # of the sweep
+TOLERANCE = 2e-3  # relative error of an output, rounding of the hidden values included
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+def gb_per_s(n_bytes: int, call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return n_bytes / (time.perf_counter() - start) / 1e9
+
+
+class Sweep:
+    """Plain passes over memory; the fastest kind of each turn counts."""
+
+    def __init__(self, n_bytes: int) -> None:
+        import torch
+
+        x = torch.ones(n_bytes // 4)
+        vector = torch.ones(4096)
+        self.n_bytes, self.kinds = n_bytes, [x.sum, lambda: torch.dot(x, x), lambda: torch.mv(x.view(-1, 4096), vector)]
+
+    def run(self) -> float:
+        return max(gb_per_s(self.n_bytes, kind) for kind in self.kinds)
+
+
+def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
+    """sparse_ffn in one dtype, for every number of rows."""
+    import torch
+
+    from hf_flash import native
+    from hf_flash.memory import aligned_empty
+
+    dtype, d, n_slots = getattr(torch, name), args.d_model, args.slots
+    row_bytes = 2 * d * dtype.itemsize
+    rows = aligned_empty(n_slots * row_bytes).view(n_slots, row_bytes)
+    values = rows.view(dtype)  # [n_slots, up | down]
+    torch.manual_seed(0)
+    for block in values.split(512):
+        block.copy_(torch.rand(block.shape) * 0.02 - 0.002)  # positive sums with a positive x: every row fires
+    x = torch.rand(1, d).to(dtype)
+    found = []
+    for n in args.rows:
+        speeds, sweeps, right = [], [], True
+        for _ in range(args.turns):
+            places = torch.randperm(n_slots)
+            for slots in places[: n_slots // n * n].split(n):
+                start = time.perf_counter()
+                y, n_fired = native.sparse_ffn(x, rows, slots, d, d, False, dtype, (0, 0.0))
+                speeds.append(n * row_bytes / (time.perf_counter() - start) / 1e9)
+                right &= n_fired == n
+            sweeps.append(sweep.run())
+        picked = values[slots].float()
+        want = torch.relu(x.float() @ picked[:, :d].t()).to(dtype).float() @ picked[:, d:]
+        error = float((y - want).norm() / want.norm())
+        ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
+        found.append({
+            "kernel": "sparse_ffn", "dtype": name, "rows": n, "gb_per_s": ours, "sweep_gb_per_s": ceiling,
+            "share": ours / ceiling, "best_gb_per_s": max(speeds), "error": error,
+            "right": right and error <= TOLERANCE, "met": ours >= MIN_SHARE * ceiling,
+        })  # fmt: skip
+    return found
+
+
+def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
+    """gate_scan of an 8-bit sketch of the whole layer; random codes do, for speed knows no values."""
+    import torch
+
+    from hf_flash.gates import CertifiedGate, Sketch
+
+    d, small = args.d_model, 512
+    torch.manual_seed(0)
+    sketch = Sketch.of(torch.randn(small, d) / math.sqrt(d), 8)
+    gate = CertifiedGate(sketch, weight_dtype=torch.bfloat16)
+    x = torch.randn(1, d).bfloat16()
+    wanted, upper = gate.decide(x)[0], gate.upper(x)[0]
+    sure = upper.abs() > 1e-4 * upper.abs().max()  # elsewhere the order of a float sum decides
+    right = bool((wanted == (upper > 0))[sure].all())
+    times = args.slots // small
+    big = Sketch(*(t.repeat(times, *[1] * (t.dim() - 1)) for t in sketch.tensors().values()), 8, d)
+    gate = CertifiedGate(big, weight_dtype=torch.bfloat16)
+    gate.decide(x)
+    speeds, sweeps = [], []
+    for _ in range(args.turns):
+        speeds += [gb_per_s(big.n_bytes, lambda: gate.decide(x)) for _ in range(4)]
+        sweeps.append(sweep.run())
+    ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
+    return {
+        "kernel": "gate_scan", "dtype": "8 bits", "rows": big.codes.shape[0], "gb_per_s": ours,
+        "sweep_gb_per_s": ceiling,
+        "share": ours / ceiling, "best_gb_per_s": max(speeds), "right": right,
+    }  # fmt: skip
+
+
+def parse() -> Any:
+    parser = common.parser(__doc__)
+    parser.add_argument("--turns", type=int, default=6, help="turns of each side (default 6)")
+    parser.add_argument("--kernel-threads", default=None, help="comma-separated (default 1 and --threads)")
+    args = parser.parse_args()
+    threads = args.kernel_threads.split(",") if args.kernel_threads else [1, args.threads]
+    args.kernel_threads = sorted({int(n) for n in threads})
+    args.d_model, args.slots, args.rows, args.sweep_bytes = 4096, 16384, [500, 1000, 2000], 512 * common.MIB
+    if args.smoke:
+        args.d_model, args.slots, args.rows, args.turns = 256, 512, [100], 1
+        args.sweep_bytes, args.kernel_threads = 4 * common.MIB, [1]
+    return args
+
+
+def main() -> None:
+    args = parse()
+    info = common.begin("kernels: GB/s of the native kernels beside a plain sweep over memory")
+    import torch
+
+    from hf_flash import native
+
+    if not native.available():
+        print("skipped: the native extension is not built")
+        return
+    rows: list[dict[str, Any]] = []
+    sweep = Sweep(args.sweep_bytes)
+    for threads in args.kernel_threads:
+        torch.set_num_threads(threads)
+        print(f"ceiling: plain sweep, {threads} threads: {max(sweep.run() for _ in range(3)):.1f} GB/s")
+        found = [row for name in DTYPES for row in ffn_rows(args, name, sweep)]
+        rows += [{"threads": threads, **row} for row in [*found, gate_row(args, sweep)]]
+    table = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share", "best GB/s"]]
+    for r in rows:
+        figures = (
+            f"{r['gb_per_s']:.1f}",
+            f"{r['sweep_gb_per_s']:.1f}",
+            f"{r['share']:.0%}",
+            f"{r['best_gb_per_s']:.1f}",
+        )
+        table.append([r["kernel"], str(r["threads"]), r["dtype"], str(r["rows"]), *figures])
+    print(common.table(table))
+    right, met = all(r["right"] for r in rows), all(r.get("met", True) for r in rows)
+    words = "yes" if met else "not all"
+    print(f"outputs {'right' if right else 'WRONG'}; sparse_ffn at {MIN_SHARE:.0%} of the sweep: {words}")
+    result = {"benchmark": "kernels", "min_share": MIN_SHARE, "rows": rows, "met": met, "right": right, "machine": info}
+    common.finish(result, args.json)
+    if not right:
+        raise SystemExit("kernels: an output differs from torch's")
+
+
+if __name__ == "__main__":
+    main()
