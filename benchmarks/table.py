@@ -33,7 +33,7 @@ def source(result: dict[str, Any], file: Path) -> str:
     m = result["machine"]
     return (
         f"{m['cpu']}, {m['n_cpus']} CPUs, {m['ram_bytes'] / 2**30:.0f} GiB, Linux {m['kernel'].split('-')[0]}, load "
-        f"{m['load_1min']}; torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}; commit "
+        f"{m['load_1min']}; {''.join(f'{k} {v}, ' for k, v in m.get('peers', {}).items())}torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}; commit "
         f"{m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
     )
 
@@ -71,16 +71,44 @@ def generate(result: dict[str, Any]) -> str:
         )
         for c in m["caps"]:
             where = f"{m['model']}, {c['memory'] / m['model_bytes']:.0%} ({common.mb(c['memory'])} MB)"
-            ceiling = c["ceiling"]
-            least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
-            rows.append([where, "*ceiling*", f"{least:.3f}", "-", common.mb(ceiling["must_read_bytes"]), *["-"] * 4])
+            rows += generate_floors(where, c)
             rows += [generate_row(where, side, s, c) for side, s in c["sides"].items()]
+        if "planted" in m:
+            p = m["planted"]
+            notes.append(
+                f"Planted in {m['model']}, measured: {p['firing']:.2%} of the neurons fire; the last five tokens' neurons "
+                f"hold {p['hits']:.1%} of the next one's."
+            )
     return " ".join(notes) + "\n\n" + markdown(rows)
+
+
+def generate_floors(where: str, c: dict[str, Any]) -> list[list[str]]:
+    """What the machine allows: any lossless program on the bf16 weights, and our own run."""
+    if "ceiling" in c:  # results of before there were two terms
+        ceiling = c["ceiling"]
+        least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
+        return [[where, "*ceiling*", f"{least:.3f}", "-", common.mb(ceiling["must_read_bytes"]), *["-"] * 4]]
+    rows = []
+    for key, label in (("floor", "floor: every bf16 weight"), ("our_floor", "floor: what hf_flash reads and touches")):
+        if key in c:
+            f = c[key]
+            terms = f"disk {f['disk_s']:.3f}, DRAM {f['memory_s']:.3f}"
+            ratio = f"token / floor {c['token_over_floor']:.2f}" if key == "our_floor" else "-"
+            rows.append([where, f"*{label}*", f"{f['s_per_token']:.3f} ({terms})", "-", common.mb(f["read_bytes"]),
+                         "-", "-", "-", ratio])  # fmt: skip
+    return rows
 
 
 def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) -> list[str]:
     """One side under one cap."""
-    name = {"accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident", "mmap": "transformers, mmap"}
+    name = {
+        "accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident",
+        "accelerate-plain": "accelerate disk, as it comes",
+        "mmap": "transformers, mmap",
+        "airllm": "AirLLM",
+        "airllm-nogc": "AirLLM, garbage collector patched out",
+        "llama.cpp": "llama.cpp, mmap",
+    }
     label = name.get(side, side)
     if "s_per_token" not in s:
         return [where, label, *["-"] * 6, s["words"]]
