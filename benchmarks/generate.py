@@ -14,6 +14,7 @@ machine allows. The large models are run only when they are named; --peer-tokens
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from typing import Any
 
@@ -41,7 +42,8 @@ def measure(run: cgroup.Run, dense: dict[str, Any], compared: bool = True) -> di
     row: dict[str, Any] = {"finished": run.ok, "oom_killed": run.oom_killed, "peak_bytes": run.peak_bytes}
     if not run.ok:
         error = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        why = "killed (out of memory)" if run.oom_killed else f"failed: {error[:200]}"
+        error = re.sub(r"(/[^\s:]+)+/", "", error)  # no folders of this machine
+        why = "killed (out of memory)" if run.oom_killed else f"failed: {error[:120]}"
         return {**row, "right": False, "words": why}
     result = run.result()
     keys = (
@@ -137,8 +139,12 @@ def one_cap(
     not_run = {"right": True, "runs": []}
     found = {side: summarize(rows[side]) if side in rows else {**not_run, "words": specs[side]} for side in specs}
     print_table(found)
-    again = common.disk_bytes_per_s(spec["model_dir"])  # other jobs can slow a pass down, none can speed it up
-    found_speeds["disk_bytes_per_s"] = max(again, found_speeds["disk_bytes_per_s"])
+    # Other jobs slow a pass down and virtual disks serve bursts: the ceiling is the fastest that was seen.
+    seen = [
+        row["read_bytes_per_token"] / row["s_per_token"] for side in rows.values() for row in side if row["finished"]
+    ]
+    again = common.disk_bytes_per_s(spec["model_dir"])
+    found_speeds["disk_bytes_per_s"] = max(again, found_speeds["disk_bytes_per_s"], *seen)
     result = {"memory": memory, "limit_bytes": limit, "speeds": found_speeds, "sides": found}
     result["floor"] = floors.lossless(spec["model_dir"], memory, found_speeds)
     result["accelerate_resident"] = specs.get("accelerate", {}).get("n_resident")
@@ -155,7 +161,7 @@ def our_floor(
     row = sorted(done, key=lambda r: r["s_per_token"])[len(done) // 2]
     floor = floors.ours({**spec, "n_neurons": floors.n_neurons(spec["model_dir"])}, row, found_speeds)
     ratio = row["s_per_token"] / floor["s_per_token"]
-    print(floors.in_words("floor, every bf16 weight, disk measured again", lossless))
+    print(floors.in_words("floor, every bf16 weight, at the fastest disk rate seen", lossless))
     print(f"{floors.in_words('floor, what hf_flash read and touched', floor)}; its token / floor {ratio:.2f}")
     return {"our_floor": floor, "token_over_floor": ratio}
 

@@ -31,10 +31,11 @@ def markdown(rows: list[list[str]]) -> str:
 def source(result: dict[str, Any], file: Path) -> str:
     """Machine, commit, command and file of a result, in a line."""
     m = result["machine"]
+    peers = "".join(f", {name} {version}" for name, version in m.get("peers", {}).items())
     return (
         f"{m['cpu']}, {m['n_cpus']} CPUs, {m['ram_bytes'] / 2**30:.0f} GiB, Linux {m['kernel'].split('-')[0]}, load "
-        f"{m['load_1min']}; {''.join(f'{k} {v}, ' for k, v in m.get('peers', {}).items())}torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}; commit "
-        f"{m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
+        f"{m['load_1min']}; torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}{peers}; "
+        f"commit {m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
     )
 
 
@@ -76,8 +77,8 @@ def generate(result: dict[str, Any]) -> str:
         if "planted" in m:
             p = m["planted"]
             notes.append(
-                f"Planted in {m['model']}, measured: {p['firing']:.2%} of the neurons fire; the last five tokens' neurons "
-                f"hold {p['hits']:.1%} of the next one's."
+                f"Planted in {m['model']}, measured: {p['firing']:.2%} of the neurons fire; those of the last five "
+                f"tokens hold {p['hits']:.1%} of the next one's."
             )
     return " ".join(notes) + "\n\n" + markdown(rows)
 
