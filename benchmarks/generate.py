@@ -37,8 +37,8 @@ def speeds(model_dir: Any, threads: int) -> dict[str, float]:
     }
 
 
-def measure(run: cgroup.Run, dense: dict[str, Any], compared: bool = True) -> dict[str, Any]:
-    """One run as a row: figures if it finished, the reason if not; `compared`: its tokens should be dense's."""
+def measure(run: cgroup.Run, dense: dict[str, Any], whose: str = "") -> dict[str, Any]:
+    """One run as a row: figures if it finished, the reason if not; `whose` tokens: added to the words."""
     row: dict[str, Any] = {"finished": run.ok, "oom_killed": run.oom_killed, "peak_bytes": run.peak_bytes}
     if not run.ok:
         error = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -59,11 +59,9 @@ def measure(run: cgroup.Run, dense: dict[str, Any], compared: bool = True) -> di
     if "stats" in result:
         row["stats"] = {k: v for k, v in result["stats"].items() if isinstance(v, (int, float))}
         row["stats"]["sketch_bytes"] = result["stats"]["plan"]["parts"].get("gates", 0)
-    if not compared:
-        return {**row, "right": True, "words": "not compared (GELU for ReLU)"}
     n = len(result["tokens"])
     equal = common.compare_tokens(result["tokens"], dense["tokens"][:n], dense["margins"])
-    return {**row, "right": equal["right"], "words": equal["words"]}
+    return {**row, "right": equal["right"], "words": equal["words"] + whose}
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +133,8 @@ def one_cap(
         start = turn % len(can_run)
         for side in can_run[start:] + can_run[:start]:
             run = sides.run_side(side, specs[side], limit, capped)
-            rows[side].append(measure(run, dense, peers.compared(side, spec)))
+            gelu = peers.reference(side, spec) == "dense-gelu"
+            rows[side].append(measure(run, spec["gelu"], " to dense with GELU") if gelu else measure(run, dense))
     not_run = {"right": True, "runs": []}
     found = {side: summarize(rows[side]) if side in rows else {**not_run, "words": specs[side]} for side in specs}
     print_table(found)
@@ -179,6 +178,8 @@ def one_model(args: Any, name: str, capped: bool) -> dict[str, Any]:
     run = sides.run_side("dense", base, None, capped)
     dense = run.result()
     spec = {**base, "converted_dir": str(converted_dir), "context": len(ids) + args.tokens, "gate": args.gate}
+    if any(peers.reference(side, spec) == "dense-gelu" for side in args.peers):
+        spec["gelu"] = sides.run_side("dense-gelu", base, None, capped).result()
     allowance = footprint.allowance() if capped else 0
     print(
         f"dense, no cap: {dense['s_per_token']:.3f} s/token, peak {common.mb(run.peak_bytes)} MB; "

@@ -3,8 +3,8 @@
 - A Llama becomes arch `llama`. Its q and k rows are reordered, as llama.cpp rotates pairs of neighbouring rows where
   transformers rotates the two halves of a head. The tokens must come out the same.
 - llama.cpp has no OPT. An OPT becomes arch `gpt2`, the nearest that it has: the same matrices, norms and biases at the
-  same places, so the same bytes are read and multiplied; but its activation is GELU, so its tokens are others and are
-  not compared.
+  same places, so the same bytes are read and multiplied; but its activation is GELU, so its tokens are compared with
+  those of the dense model with GELU.
 """
 
 # ruff: noqa: PLC0415  (gguf is needed to make a file, not to ask for its path)

@@ -1,6 +1,7 @@
 """The sides of the comparisons: each loads a model its own way, in a fresh interpreter, and generates greedily.
 
 - `dense`: plain transformers without a cap: the tokens that every other side must give.
+- `dense-gelu`: the same of an OPT with GELU for ReLU: the tokens that llama.cpp, which has no OPT, must give.
 - `mmap`: plain transformers `from_pretrained`; weights are evictable pages of the files.
 - `accelerate`: decoder layers on "disk" (read from the safetensors as they are), as many as fit kept in anonymous
   memory. Left to itself accelerate keeps them as mmapped pages, which the kernel evicts under a cap and which then hit
@@ -42,9 +43,12 @@ TOPS = {
 
 def load_plain(spec: dict[str, Any]) -> Any:
     """Plain transformers, as anyone types it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(spec["model_dir"])
+    config = AutoConfig.from_pretrained(spec["model_dir"])
+    if spec["side"] == "dense-gelu":
+        config.activation_function = "gelu_new"
+    return AutoModelForCausalLM.from_pretrained(spec["model_dir"], config=config)
 
 
 def load_accelerate(spec: dict[str, Any]) -> Any:
@@ -86,6 +90,7 @@ def load_hf_flash(spec: dict[str, Any]) -> Any:
 
 LOADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dense": load_plain,
+    "dense-gelu": load_plain,
     "mmap": load_plain,
     "accelerate": load_accelerate,
     "accelerate-plain": load_accelerate,
@@ -122,7 +127,7 @@ def work(spec: dict[str, Any]) -> None:
     model = LOADERS[spec["side"]](spec)
     result = {"load_s": time.perf_counter() - start, "load_read_bytes": common.read_bytes_so_far() - imported}
     if spec["n_tokens"]:
-        margins = spec["side"] == "dense"
+        margins = spec["side"] in ("dense", "dense-gelu")
         decoding = start_counting(model) if spec["side"] == "hf_flash" else None
         result.update(common.generate_greedy(model, spec["ids"], spec["n_tokens"], margins, decoding))
     if spec["side"] == "hf_flash":
@@ -147,7 +152,7 @@ def run_side(
     if stayed:
         print(f"warning: {common.mb(stayed)} MB of model files stay in the page cache; another process maps them")
     script = "llama_side.py" if side == "llama.cpp" else "sides.py"
-    sent = {key: value for key, value in spec.items() if key != "libraries"}
+    sent = {key: value for key, value in spec.items() if key not in ("libraries", "gelu")}
     return common.worker(script, {**sent, "side": side}, limit_bytes, [], capped, timeout_s)
 
 

@@ -100,9 +100,9 @@ def generate_floors(where: str, c: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) -> list[str]:
-    """One side under one cap."""
-    name = {
+def side_label(side: str, c: dict[str, Any]) -> str:
+    """A side as the tables and figures name it."""
+    names = {
         "accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident",
         "accelerate-plain": "accelerate disk, as it comes",
         "mmap": "transformers, mmap",
@@ -110,7 +110,12 @@ def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) ->
         "airllm-nogc": "AirLLM, garbage collector patched out",
         "llama.cpp": "llama.cpp, mmap",
     }
-    label = name.get(side, side)
+    return names.get(side, side)
+
+
+def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) -> list[str]:
+    """One side under one cap."""
+    label = side_label(side, c)
     if "s_per_token" not in s:
         return [where, label, *["-"] * 6, s["words"]]
     ours = c["sides"].get("hf_flash", {}).get("s_per_token")
@@ -150,9 +155,26 @@ def tokens(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def scaling(result: dict[str, Any]) -> str:
+    """One row per point, series by series."""
+    rows = [["series", "model", "cap", "silent", "s/token (range)", "MB read/token", "floor", "no cap", "outcome"]]
+    for series, points in result["series"].items():
+        for r in points:
+            cap = f"{r['share']:.0%} ({common.mb(r['memory'])} MB)"
+            silent = f"{1 - r['firing']:.0%}" if "firing" in r else "-"
+            figures = ["-"] * 3
+            if "s_per_token" in r:
+                low, high = r["range"]
+                figures = [f"{r['s_per_token']:.3f} ({low:.3f}-{high:.3f})", common.mb(r["read_bytes_per_token"]),
+                           f"{r['our_floor']['s_per_token']:.3f}"]  # fmt: skip
+            rows.append([series, r["model"], cap, silent, *figures, f"{r['dense_s_per_token']:.3f}", r["words"]])
+    head = f"SYNTHETIC models (random weights), gate {result['gate']}, {result['threads']} threads"
+    return f"{head}. Floor: what the run read and touched, at the speeds of disk and DRAM.\n\n{markdown(rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
-    "tokens": tokens,
+    "tokens": tokens, "scaling": scaling,
 }  # fmt: skip
 
 
