@@ -110,6 +110,8 @@ def side_specs(args: Any, spec: dict[str, Any], memory: int, limit: int | None, 
         if n is None:
             n = 1 if args.smoke or limit is None else sides.choose_resident(specs["accelerate"], limit, allowance)
         specs["accelerate"]["n_resident"] = n or 0
+    if isinstance(specs.get("llama.cpp"), dict) and limit is not None and not args.smoke:
+        specs["llama.cpp"]["threads"] = sides.choose_threads(specs["llama.cpp"], limit)
     return specs
 
 
@@ -147,6 +149,8 @@ def one_cap(
     result = {"memory": memory, "limit_bytes": limit, "speeds": found_speeds, "sides": found}
     result["floor"] = floors.lossless(spec["model_dir"], memory, found_speeds)
     result["accelerate_resident"] = specs.get("accelerate", {}).get("n_resident")
+    if "llama.cpp" in rows:
+        result["llama_threads"] = specs["llama.cpp"]["threads"]
     return {**result, **our_floor(spec, found["hf_flash"], found_speeds, result["floor"])}
 
 

@@ -26,14 +26,15 @@ LLAMA_NAMES = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
+# In the order of use, as converters write them: a page that is read ahead is then the next one needed.
 OPT_NAMES = {
-    "self_attn_layer_norm": "attn_norm",
-    "self_attn.out_proj": "attn_output",
-    "final_layer_norm": "ffn_norm",
-    "fc1": "ffn_up",
-    "fc2": "ffn_down",
+    "attn_norm": ("self_attn_layer_norm",),
+    "attn_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn_output": ("self_attn.out_proj",),
+    "ffn_norm": ("final_layer_norm",),
+    "ffn_up": ("fc1",),
+    "ffn_down": ("fc2",),
 }
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 class Stored:
@@ -90,10 +91,9 @@ def opt_plan(config: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...], int
     yield "position_embd.weight", (top + "embed_positions.weight",), 0
     for layer in range(config["num_hidden_layers"]):
         at = f"{top}layers.{layer}."
-        for kind in ("weight", "bias"):
-            yield f"blk.{layer}.attn_qkv.{kind}", tuple(f"{at}{part}.{kind}" for part in QKV), 0
-            for theirs, ours in OPT_NAMES.items():
-                yield f"blk.{layer}.{ours}.{kind}", (f"{at}{theirs}.{kind}",), 0
+        for ours, theirs in OPT_NAMES.items():
+            for kind in ("weight", "bias"):
+                yield f"blk.{layer}.{ours}.{kind}", tuple(f"{at}{part}.{kind}" for part in theirs), 0
     for kind in ("weight", "bias"):
         yield f"output_norm.{kind}", (f"{top}final_layer_norm.{kind}",), 0
 

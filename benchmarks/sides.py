@@ -192,6 +192,17 @@ def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> i
     return best if seconds[best] < float("inf") else None
 
 
+def choose_threads(spec: dict[str, Any], limit_bytes: int) -> int:
+    """The number of threads that serves llama.cpp best under this limit: all, half or one (they fault on one file)."""
+    seconds = {}
+    for n in sorted({spec["threads"], max(1, spec["threads"] // 2), 1}, reverse=True):
+        few = {**spec, "threads": n, "n_tokens": min(4, spec["n_tokens"])}
+        run = run_side("llama.cpp", few, limit_bytes, timeout_s=180)
+        seconds[n] = run.result()["s_per_token"] if run.ok else float("inf")
+        print(f"  trying llama.cpp, {n} threads: {seconds[n]:.3f} s/token", flush=True)
+    return min(seconds, key=lambda n: seconds[n])
+
+
 def _try_resident(spec: dict[str, Any], n: int, n_layers: int, limit_bytes: int) -> float:
     """Seconds per token with `n` layers resident; infinite if it did not get through."""
     run = run_side(

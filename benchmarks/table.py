@@ -108,7 +108,7 @@ def side_label(side: str, c: dict[str, Any]) -> str:
         "mmap": "transformers, mmap",
         "airllm": "AirLLM",
         "airllm-nogc": "AirLLM, garbage collector patched out",
-        "llama.cpp": "llama.cpp, mmap",
+        "llama.cpp": f"llama.cpp, mmap, {c.get('llama_threads')} threads",
     }
     return names.get(side, side)
 
