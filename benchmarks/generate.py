@@ -182,7 +182,8 @@ def one_model(args: Any, name: str, capped: bool) -> dict[str, Any]:
     run = sides.run_side("dense", base, None, capped)
     dense = run.result()
     spec = {**base, "converted_dir": str(converted_dir), "context": len(ids) + args.tokens, "gate": args.gate}
-    if any(peers.reference(side, spec) == "dense-gelu" for side in args.peers):
+    can_run = [side for side in args.peers if not peers.why_not(side, spec, args.dir)]
+    if any(peers.reference(side, spec) == "dense-gelu" for side in can_run):
         spec["gelu"] = sides.run_side("dense-gelu", base, None, capped).result()
     allowance = footprint.allowance() if capped else 0
     print(
