@@ -82,14 +82,17 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def print_table(found: dict[str, dict[str, Any]]) -> None:
     """One line per side; ratio is its s/token over hf_flash's."""
     ours = found.get("hf_flash", {}).get("s_per_token")
-    rows = [["side", "s/token", "range", "CPU s", "MB/token", "prefill s", "load s", "peak MB", "ratio", "tokens"]]
+    rows = [
+        ["side", "s/token", "range", "CPU s", "MB/token", "GB/s", "prefill s", "load s", "peak MB", "ratio", "tokens"]
+    ]
     for side, s in found.items():
         if "s_per_token" not in s:
-            rows.append([side, *["-"] * 8, s["words"]])
+            rows.append([side, *["-"] * 9, s["words"]])
             continue
         rows.append([
             side, f"{s['s_per_token']:.3f}", "{:.3f}-{:.3f}".format(*s["range"]), f"{s['cpu_s_per_token']:.3f}",
-            common.mb(s["read_bytes_per_token"]), f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}",
+            common.mb(s["read_bytes_per_token"]), f"{s['read_bytes_per_token'] / s['s_per_token'] / 1e9:.2f}",
+            f"{s['prefill_s']:.2f}", f"{s['load_s']:.2f}",
             common.mb(s.get("peak_bytes")), f"{s['s_per_token'] / ours:.2f}" if ours else "-", s["words"],
         ])  # fmt: skip
     print(common.table(rows), flush=True)
@@ -134,6 +137,8 @@ def one_cap(
     for turn in range(args.runs):
         start = turn % len(can_run)
         for side in can_run[start:] + can_run[:start]:
+            if args.settle:
+                common.disk_passes(spec["model_dir"], args.settle)
             run = sides.run_side(side, specs[side], limit, capped)
             gelu = peers.reference(side, spec) == "dense-gelu"
             rows[side].append(measure(run, spec["gelu"], " to dense with GELU") if gelu else measure(run, dense))
@@ -217,6 +222,9 @@ def parse() -> Any:
     parser.add_argument(
         "--peer-tokens", type=int, help="tokens for the peers, where each takes long (default: --tokens)"
     )
+    parser.add_argument("--settle", type=int, default=0, metavar="N",
+                        help="before each run read 512 MiB N times, past the cache: spends a disk's burst credit "
+                             "(default 0)")  # fmt: skip
     parser.add_argument("--gate", choices=["auto", "all", "certified"], default="auto", help="(default auto)")
     parser.add_argument("--convert", nargs="*", metavar="OPTION=VALUE", type=models.option, default=[],
                         help="arguments of hf_flash.repack for the converted folder")  # fmt: skip
