@@ -8,6 +8,7 @@ here), what was measured, whether the outputs were right, and one JSON line.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import itertools
@@ -184,13 +185,45 @@ def disk_bytes_per_s(folder: str | os.PathLike, n_passes: int = 5, n_threads: in
     Reads of 1 MiB, eight in flight. A ceiling is what the disk can do, so a pass that other jobs slowed down must not
     count: the best one does.
     """
+    return max(disk_passes(folder, n_passes, n_threads))
+
+
+def disk_passes(folder: str | os.PathLike, n_passes: int, n_threads: int = 8) -> list[float]:
+    """Bytes per second of each pass."""
     files = [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in sorted(Path(folder).rglob("*.safetensors"))]
     pieces = [(fd, at) for fd in files for at in range(0, os.fstat(fd).st_size, MIB)][:512]
     try:
-        return max(_pass_bytes_per_s(pieces, n_threads) for _ in range(n_passes))
+        return [_pass_bytes_per_s(pieces, n_threads) for _ in range(n_passes)]
     finally:
         for fd in files:
             os.close(fd)
+
+
+def memory_bytes_per_s(n_threads: int, n_passes: int = 5, n_bytes: int = 1 << 30) -> float:
+    """DRAM's ceiling: the fastest of some passes of `n_threads` threads over a buffer far larger than any cache."""
+    part = n_bytes // n_threads // 2
+    buffers = [(mmap.mmap(-1, part), mmap.mmap(-1, part)) for _ in range(n_threads)]
+    libc = ctypes.CDLL(None)
+    sides = []
+    for pair in buffers:
+        starts = [ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in pair]
+        for start in starts:
+            libc.memset(ctypes.c_void_p(start), 1, ctypes.c_size_t(part))  # a page of its own for every page
+        sides.append(starts)
+
+    def sweep(pair: Sequence[int]) -> None:  # reads both; ctypes lets the other threads run meanwhile
+        libc.memcmp(ctypes.c_void_p(pair[0]), ctypes.c_void_p(pair[1]), ctypes.c_size_t(part))
+
+    best = 0.0
+    for _ in range(n_passes):
+        threads = [threading.Thread(target=sweep, args=(pair,)) for pair in sides]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, 2 * part * n_threads / (time.perf_counter() - start))
+    return best
 
 
 def _pass_bytes_per_s(pieces: Sequence[tuple[int, int]], n_threads: int) -> float:
@@ -228,7 +261,13 @@ def prompt_ids(model_dir: str | os.PathLike, n_tokens: int) -> list[int]:
     return random.Random(0).choices(range(3, vocab), k=n_tokens)
 
 
-def generate_greedy(model: Any, ids: Sequence[int], n_tokens: int, margins: bool = False) -> dict[str, Any]:
+def generate_greedy(
+    model: Any,
+    ids: Sequence[int],
+    n_tokens: int,
+    margins: bool = False,
+    after_prefill: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Stock greedy `generate()` of exactly `n_tokens`, with time and disk bytes taken after every token.
 
     Args:
@@ -236,44 +275,65 @@ def generate_greedy(model: Any, ids: Sequence[int], n_tokens: int, margins: bool
         ids: the prompt.
         n_tokens: how many to generate; end-of-text is suppressed, so all sides do the same work.
         margins: also the gap between the two best logits at each step, relative to the best: tells a tie from an error.
+        after_prefill: called when the first token is there, for counters that are to count decoding only.
 
     Returns:
-        tokens, prefill_s, s_per_token, cpu_s_per_token (all threads) and read_bytes_per_token (decode only: the first
-        token is the prefill's), the series of time and bytes, and margins.
+        tokens, the figures of Clock, and margins.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    times, reads, cpu = [], [], []
+    clock = Clock()
 
-    class Clock(StoppingCriteria):
+    class Watch(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            times.append(time.perf_counter())
-            reads.append(read_bytes_so_far())
-            cpu.append(time.process_time())
+            clock.tick()
+            if after_prefill and len(clock.times) == 2:
+                after_prefill()
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
-    start, start_read = time.perf_counter(), read_bytes_so_far()
+    clock.start()
     out = model.generate(
         torch.tensor([list(ids)]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
-        max_new_tokens=n_tokens, min_new_tokens=n_tokens, stopping_criteria=StoppingCriteriaList([Clock()]),
+        max_new_tokens=n_tokens, min_new_tokens=n_tokens, stopping_criteria=StoppingCriteriaList([Watch()]),
         return_dict_in_generate=True, output_logits=margins,
     )  # fmt: skip
-    steps = max(1, len(times) - 1)
-    result = {
-        "tokens": out.sequences[0, len(ids) :].tolist(),
-        "prefill_s": times[0] - start,
-        "prefill_read_bytes": reads[0] - start_read,
-        "s_per_token": (times[-1] - times[0]) / steps,
-        "cpu_s_per_token": (cpu[-1] - cpu[0]) / steps,
-        "read_bytes_per_token": (reads[-1] - reads[0]) / steps,
-        "token_s": [round(b - a, 4) for a, b in itertools.pairwise(times)],
-        "token_read_bytes": [b - a for a, b in itertools.pairwise(reads)],
-    }
+    result = {"tokens": out.sequences[0, len(ids) :].tolist(), **clock.figures()}
     if margins:
         best = [step[0].float().topk(2).values for step in out.logits]
         result["margins"] = [float((b[0] - b[1]) / b[0].abs().clamp_min(1e-6)) for b in best]
     return result
+
+
+class Clock:
+    """Time, CPU time and disk bytes after every token; the first token is the prefill's."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.times, self.reads, self.cpu = [], [], []
+        self.tick()
+
+    def tick(self) -> None:
+        self.times.append(time.perf_counter())
+        self.reads.append(read_bytes_so_far())
+        self.cpu.append(time.process_time())
+
+    def figures(self) -> dict[str, Any]:
+        """prefill_s; s, CPU s (all threads) and disk bytes per decoded token; the series of time and bytes."""
+        start, *times = self.times
+        start_read, *reads = self.reads
+        steps = max(1, len(times) - 1)
+        return {
+            "prefill_s": times[0] - start,
+            "prefill_read_bytes": reads[0] - start_read,
+            "s_per_token": (times[-1] - times[0]) / steps,
+            "cpu_s_per_token": (self.cpu[-1] - self.cpu[1]) / steps,
+            "read_bytes_per_token": (reads[-1] - reads[0]) / steps,
+            "token_s": [round(b - a, 4) for a, b in itertools.pairwise(times)],
+            "token_read_bytes": [b - a for a, b in itertools.pairwise(reads)],
+        }
 
 
 def compare_tokens(found: Sequence[int], dense: Sequence[int], margins: Sequence[float]) -> dict[str, Any]:

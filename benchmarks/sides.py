@@ -1,10 +1,13 @@
 """The sides of the comparisons: each loads a model its own way, in a fresh interpreter, and generates greedily.
 
 - `dense`: plain transformers without a cap: the tokens that every other side must give.
+- `dense-gelu`: the same of an OPT with GELU for ReLU: the tokens that llama.cpp, which has no OPT, must give.
 - `mmap`: plain transformers `from_pretrained`; weights are evictable pages of the files.
 - `accelerate`: decoder layers on "disk" (read from the safetensors as they are), as many as fit kept in anonymous
   memory. Left to itself accelerate keeps them as mmapped pages, which the kernel evicts under a cap and which then hit
   nothing (cyclic access, half the memory): cloning them is the best it can be given. See `choose_resident`.
+- `accelerate-plain`: the same with every decoder layer on "disk" and nothing else done, as the documentation has it.
+- `airllm`, `airllm-nogc`: airllm_side.py. `llama.cpp`: llama_side.py.
 - `hf_flash`: the converted folder with `FlashConfig(memory=..., gate=...)`.
 
 `run_side` is what benchmarks call; the rest runs in the child.
@@ -15,17 +18,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import airllm_side
 import cgroup
 import common
+import floors
 import footprint
 
-SIDES = ("hf_flash", "accelerate", "mmap")
+# model type -> where the decoder layers are, and what is beside them
+TOPS = {
+    "llama": ("model.layers", ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")),
+    "opt": ("model.decoder.layers", ("model.decoder.embed_tokens", "model.decoder.embed_positions",
+                                     "model.decoder.final_layer_norm", "lm_head")),
+}  # fmt: skip
 
 
 # --- in the child ----------------------------------------------------------------------------------------------------
@@ -33,31 +43,37 @@ SIDES = ("hf_flash", "accelerate", "mmap")
 
 def load_plain(spec: dict[str, Any]) -> Any:
     """Plain transformers, as anyone types it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(spec["model_dir"])
+    config = AutoConfig.from_pretrained(spec["model_dir"])
+    if spec["side"] == "dense-gelu":
+        config.activation_function = "gelu_new"
+    return AutoModelForCausalLM.from_pretrained(spec["model_dir"], config=config)
 
 
 def load_accelerate(spec: dict[str, Any]) -> Any:
-    """Disk offload with the resident part in anonymous memory.
+    """Disk offload; `accelerate` with the resident part in anonymous memory, `accelerate-plain` as it comes.
 
-    The first `n_resident` decoder layers, the final norm and the head stay; the others are on "disk". The embedding
-    of an untied model stays an mmap view: a token touches one row of it, so its memory goes to layers instead.
+    Plain: every decoder layer on "disk". Otherwise the first `n_resident` of them stay, with the final norm and the
+    head. The embedding of an untied model stays an mmap view: a token touches one row of it, so its memory goes to
+    layers instead.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    plain = spec["side"] == "accelerate-plain"
     config = AutoConfig.from_pretrained(spec["model_dir"])
-    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    prefix, others = TOPS[config.model_type]
+    where = dict.fromkeys(others, "cpu")
     for layer in range(config.num_hidden_layers):
-        where[f"model.layers.{layer}"] = "cpu" if layer < spec["n_resident"] else "disk"
+        where[f"{prefix}.{layer}"] = "cpu" if not plain and layer < spec["n_resident"] else "disk"
     model = AutoModelForCausalLM.from_pretrained(
         spec["model_dir"], device_map=where, offload_folder=tempfile.mkdtemp(prefix="offload-")
     )
     untied = not config.tie_word_embeddings
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # each shared parameter once
-            if parameter.device.type == "cpu" and not (untied and name == "model.embed_tokens.weight"):
+        for name, parameter in () if plain else model.named_parameters():  # each shared parameter once
+            if parameter.device.type == "cpu" and not (untied and name.endswith("embed_tokens.weight")):
                 parameter.data = parameter.data.clone()
     return model
 
@@ -74,8 +90,12 @@ def load_hf_flash(spec: dict[str, Any]) -> Any:
 
 LOADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dense": load_plain,
+    "dense-gelu": load_plain,
     "mmap": load_plain,
     "accelerate": load_accelerate,
+    "accelerate-plain": load_accelerate,
+    "airllm": airllm_side.load,
+    "airllm-nogc": airllm_side.load,
     "hf_flash": load_hf_flash,
 }
 
@@ -89,6 +109,13 @@ def flash_stats(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str))
 
 
+def start_counting(model: Any) -> Callable[[], None]:
+    """What sets hf_flash's counters back when the prefill is done: they are to count decoding."""
+    import hf_flash
+
+    return hf_flash.stats(model).reset
+
+
 def work(spec: dict[str, Any]) -> None:
     """In the child: import, load, generate, report."""
     footprint.import_everything()
@@ -100,8 +127,9 @@ def work(spec: dict[str, Any]) -> None:
     model = LOADERS[spec["side"]](spec)
     result = {"load_s": time.perf_counter() - start, "load_read_bytes": common.read_bytes_so_far() - imported}
     if spec["n_tokens"]:
-        margins = spec["side"] == "dense"
-        result.update(common.generate_greedy(model, spec["ids"], spec["n_tokens"], margins))
+        margins = spec["side"] in ("dense", "dense-gelu")
+        decoding = start_counting(model) if spec["side"] == "hf_flash" else None
+        result.update(common.generate_greedy(model, spec["ids"], spec["n_tokens"], margins, decoding))
     if spec["side"] == "hf_flash":
         result["stats"] = flash_stats(model)
         tensors = [*model.parameters(), *model.buffers()]
@@ -117,40 +145,32 @@ def run_side(
     side: str, spec: dict[str, Any], limit_bytes: int | None, capped: bool = True, timeout_s: float = 1800
 ) -> cgroup.Run:
     """Run one side cold: model files evicted (checked), library files warm, in a cgroup of `limit_bytes`."""
-    folders = [spec[key] for key in ("model_dir", "converted_dir") if spec.get(key)]
+    folders = [spec[key] for key in ("model_dir", "converted_dir", "split_dir", "gguf_dir") if spec.get(key)]
     footprint.warm_libraries()
+    footprint.warm(spec.get("libraries", ()))
     stayed = cgroup.evict(folders)
     if stayed:
         print(f"warning: {common.mb(stayed)} MB of model files stay in the page cache; another process maps them")
-    return common.worker("sides.py", {"side": side, **spec}, limit_bytes, [], capped, timeout_s)
-
-
-def tensor_bytes(model_dir: Path) -> dict[str, int]:
-    """Bytes of every tensor of a folder, from the headers of the safetensors."""
-    found = {}
-    for file in sorted(Path(model_dir).glob("*.safetensors")):
-        with open(file, "rb") as f:
-            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = entry["data_offsets"][1] - entry["data_offsets"][0]
-    return found
+    script = "llama_side.py" if side == "llama.cpp" else "sides.py"
+    sent = {key: value for key, value in spec.items() if key not in ("libraries", "gelu")}
+    return common.worker(script, {**sent, "side": side}, limit_bytes, [], capped, timeout_s)
 
 
 def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> int | None:
     """The number of resident layers that serves accelerate best under this limit, found by trying.
 
     Starts from what fits beside the head and 40 MB of work memory, goes up while more layers are faster, and down while
-    fewer are (which leave more room for the page cache) or until one run survives at all. A try has 120 s; what has not
+    fewer are (which leave more room for the page cache) or until one run survives at all. A try has 180 s; what has not
     generated four tokens by then is too slow.
 
     Returns:
         The best number, or None if not even 0 survives.
     """
-    sizes = tensor_bytes(spec["model_dir"])
-    n_layers = 1 + max(int(name.split(".")[2]) for name in sizes if name.startswith("model.layers."))
-    per_layer = sum(n for name, n in sizes.items() if name.startswith("model.layers.0."))
-    head = sizes.get("lm_head.weight", sizes["model.embed_tokens.weight"])
+    sizes = floors.tensor_bytes(spec["model_dir"])
+    layers = [re.search(r"\.layers\.(\d+)\.", name) for name in sizes]
+    n_layers = 1 + max(int(found[1]) for found in layers if found)
+    per_layer = sum(n for name, n in sizes.items() if ".layers.0." in name)
+    head = sizes.get("lm_head.weight") or floors.embedding_bytes(sizes)
     start = min(n_layers, max(0, int((limit_bytes - allowance - head - 40e6) // per_layer)))
     seconds: dict[int, float] = {}
 
@@ -172,11 +192,24 @@ def choose_resident(spec: dict[str, Any], limit_bytes: int, allowance: int) -> i
     return best if seconds[best] < float("inf") else None
 
 
+def choose_threads(spec: dict[str, Any], limit_bytes: int) -> int:
+    """The number of threads that serves llama.cpp best under this limit: all, half or one (they fault on one file)."""
+    seconds = {}
+    for n in sorted({spec["threads"], max(1, spec["threads"] // 2), 1}, reverse=True):
+        few = {**spec, "threads": n, "n_tokens": min(4, spec["n_tokens"])}
+        run = run_side("llama.cpp", few, limit_bytes, timeout_s=180)
+        seconds[n] = run.result()["s_per_token"] if run.ok else float("inf")
+        print(f"  trying llama.cpp, {n} threads: {seconds[n]:.3f} s/token", flush=True)
+    return min(seconds, key=lambda n: seconds[n])
+
+
 def _try_resident(spec: dict[str, Any], n: int, n_layers: int, limit_bytes: int) -> float:
     """Seconds per token with `n` layers resident; infinite if it did not get through."""
-    run = run_side("accelerate", {**spec, "n_resident": n, "n_tokens": 4}, limit_bytes, timeout_s=120)
+    run = run_side(
+        "accelerate", {**spec, "n_resident": n, "n_tokens": min(4, spec["n_tokens"])}, limit_bytes, timeout_s=180
+    )
     seconds = run.result()["s_per_token"] if run.ok else float("inf")
-    words = "killed" if run.oom_killed else "slower than 120 s" if run.returncode == 124 else "failed"
+    words = "killed" if run.oom_killed else "slower than 180 s" if run.returncode == 124 else "failed"
     words = f"{seconds:.3f} s/token" if run.ok else words
     print(f"  trying accelerate, {n} of {n_layers} layers resident: {words}", flush=True)
     return seconds

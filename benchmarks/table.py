@@ -31,10 +31,11 @@ def markdown(rows: list[list[str]]) -> str:
 def source(result: dict[str, Any], file: Path) -> str:
     """Machine, commit, command and file of a result, in a line."""
     m = result["machine"]
+    peers = "".join(f", {name} {version}" for name, version in m.get("peers", {}).items())
     return (
         f"{m['cpu']}, {m['n_cpus']} CPUs, {m['ram_bytes'] / 2**30:.0f} GiB, Linux {m['kernel'].split('-')[0]}, load "
-        f"{m['load_1min']}; torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}; commit "
-        f"{m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
+        f"{m['load_1min']}; torch {m['torch']}, transformers {m['transformers']}, accelerate {m['accelerate']}{peers}; "
+        f"commit {m['commit']}, {result['when'][:10]}: `{result['command']}` ([JSON](results/{file.name}))"
     )
 
 
@@ -71,17 +72,50 @@ def generate(result: dict[str, Any]) -> str:
         )
         for c in m["caps"]:
             where = f"{m['model']}, {c['memory'] / m['model_bytes']:.0%} ({common.mb(c['memory'])} MB)"
-            ceiling = c["ceiling"]
-            least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
-            rows.append([where, "*ceiling*", f"{least:.3f}", "-", common.mb(ceiling["must_read_bytes"]), *["-"] * 4])
+            rows += generate_floors(where, c)
             rows += [generate_row(where, side, s, c) for side, s in c["sides"].items()]
+        if "planted" in m:
+            p = m["planted"]
+            notes.append(
+                f"Planted in {m['model']}, measured: {p['firing']:.2%} of the neurons fire; those of the last five "
+                f"tokens hold {p['hits']:.1%} of the next one's."
+            )
     return " ".join(notes) + "\n\n" + markdown(rows)
+
+
+def generate_floors(where: str, c: dict[str, Any]) -> list[list[str]]:
+    """What the machine allows: any lossless program on the bf16 weights, and our own run."""
+    if "ceiling" in c:  # results of before there were two terms
+        ceiling = c["ceiling"]
+        least = max(ceiling["disk_s_per_token"], ceiling["uncapped_s_per_token"])
+        return [[where, "*ceiling*", f"{least:.3f}", "-", common.mb(ceiling["must_read_bytes"]), *["-"] * 4]]
+    rows = []
+    for key, label in (("floor", "floor: every bf16 weight"), ("our_floor", "floor: what hf_flash reads and touches")):
+        if key in c:
+            f = c[key]
+            terms = f"disk {f['disk_s']:.3f}, DRAM {f['memory_s']:.3f}"
+            ratio = f"token / floor {c['token_over_floor']:.2f}" if key == "our_floor" else "-"
+            rows.append([where, f"*{label}*", f"{f['s_per_token']:.3f} ({terms})", "-", common.mb(f["read_bytes"]),
+                         "-", "-", "-", ratio])  # fmt: skip
+    return rows
+
+
+def side_label(side: str, c: dict[str, Any]) -> str:
+    """A side as the tables and figures name it."""
+    names = {
+        "accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident",
+        "accelerate-plain": "accelerate disk, as it comes",
+        "mmap": "transformers, mmap",
+        "airllm": "AirLLM",
+        "airllm-nogc": "AirLLM, garbage collector patched out",
+        "llama.cpp": f"llama.cpp, mmap, {c.get('llama_threads')} threads",
+    }
+    return names.get(side, side)
 
 
 def generate_row(where: str, side: str, s: dict[str, Any], c: dict[str, Any]) -> list[str]:
     """One side under one cap."""
-    name = {"accelerate": f"accelerate disk, {c['accelerate_resident']} layers resident", "mmap": "transformers, mmap"}
-    label = name.get(side, side)
+    label = side_label(side, c)
     if "s_per_token" not in s:
         return [where, label, *["-"] * 6, s["words"]]
     ours = c["sides"].get("hf_flash", {}).get("s_per_token")
@@ -148,9 +182,26 @@ def kernels(result: dict[str, Any]) -> str:
     return markdown(rows)
 
 
+def scaling(result: dict[str, Any]) -> str:
+    """One row per point, series by series."""
+    rows = [["series", "model", "cap", "silent", "s/token (range)", "MB read/token", "floor", "no cap", "outcome"]]
+    for series, points in result["series"].items():
+        for r in points:
+            cap = f"{r['share']:.0%} ({common.mb(r['memory'])} MB)"
+            silent = f"{1 - r['firing']:.0%}" if "firing" in r else "-"
+            figures = ["-"] * 3
+            if "s_per_token" in r:
+                low, high = r["range"]
+                figures = [f"{r['s_per_token']:.3f} ({low:.3f}-{high:.3f})", common.mb(r["read_bytes_per_token"]),
+                           f"{r['our_floor']['s_per_token']:.3f}"]  # fmt: skip
+            rows.append([series, r["model"], cap, silent, *figures, f"{r['dense_s_per_token']:.3f}", r["words"]])
+    head = f"SYNTHETIC models (random weights), gate {result['gate']}, {result['threads']} threads"
+    return f"{head}. Floor: what the run read and touched, at the speeds of disk and DRAM.\n\n{markdown(rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
-    "tokens": tokens, "reads": reads, "kernels": kernels,
+    "tokens": tokens, "reads": reads, "kernels": kernels, "scaling": scaling,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels")
+QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels", "scaling")
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,8 @@ def helpers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ModuleType, Modul
     """benchmarks/common.py and benchmarks/cgroup.py, importable as the benchmarks import them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("common"), importlib.import_module("cgroup")
-    for name in ("common", "cgroup"):
+    ours = {file.stem for file in BENCHMARKS.glob("*.py")}
+    for name in ours & set(sys.modules):
         sys.modules.pop(name, None)
 
 
@@ -39,10 +41,31 @@ def run_benchmark(name: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
+def check_every_peer_has_a_row(result: dict, output: str) -> None:
+    """A peer that is not installed, or cannot run a model, is a row that says so."""
+    assert [m["model"] for m in result["models"]] == ["tiny", "tiny-opt"]
+    for m in result["models"]:
+        found = m["caps"][0]["sides"]
+        assert set(found) == {
+            "hf_flash",
+            "accelerate",
+            "accelerate-plain",
+            "mmap",
+            "airllm",
+            "airllm-nogc",
+            "llama.cpp",
+        }
+        for side, s in found.items():
+            assert s["words"] in output
+            assert "equal" in s["words"] or (s["words"].startswith("not run: ") and side[:3] in ("air", "lla"))
+    assert result["models"][1]["caps"][0]["sides"]["airllm"]["words"].startswith("not run: ")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_smoke(name: str, bench_dir: Path, tmp_path: Path) -> None:
-    done = run_benchmark(name, "--smoke", "--dir", str(bench_dir), "--json", str(tmp_path / "out.json"))
+    where = ("--dir", str(bench_dir), "--json", str(tmp_path / "out.json"))
+    done = run_benchmark(name, "--smoke", "--threads", "1", *where)  # several wait for each other on a busy machine
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()
     assert lines[1].startswith("machine: ")
@@ -52,10 +75,12 @@ def test_smoke(name: str, bench_dir: Path, tmp_path: Path) -> None:
     assert result == json.loads((tmp_path / "out.json").read_text())
     assert result["benchmark"] == name
     assert result.get("right", True)
+    if name == "generate":
+        check_every_peer_has_a_row(result, done.stdout)
     assert str(ROOT) not in lines[-1] and str(bench_dir) not in lines[-1], "a folder of this machine in the output"
 
 
-@pytest.mark.parametrize("name", [*QUESTIONS, "models", "cgroup", "table"])
+@pytest.mark.parametrize("name", [*QUESTIONS, "models", "cgroup", "table", "plots", "llama_side"])
 def test_help_says_what_is_asked(name: str) -> None:
     done = run_benchmark(name, "--help")
     assert done.returncode == 0, done.stderr
@@ -65,6 +90,64 @@ def test_help_says_what_is_asked(name: str) -> None:
 def test_the_tables_are_those_of_the_results() -> None:
     done = run_benchmark("table", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_figures_are_drawn_from_the_results(helpers: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
+    plots = importlib.import_module("plots")
+    floor = {"s_per_token": 0.1}
+    row = {"model": "tiny-opt", "s_per_token": 0.2, "range": [0.1, 0.3], "dense_s_per_token": 0.1, "share": 0.5,
+           "model_bytes": 10**9, "firing": 0.03, "floor": floor, "our_floor": floor}  # fmt: skip
+    refused = {"model": "tiny-opt", "share": 0.3, "words": "failed: too small"}
+    series = {"cap": [refused, row], "size": [row, {**row, "model_bytes": 2 * 10**9}], "sparsity": [row]}
+    about = {"machine": {"cpu": "x", "n_cpus": 2, "commit": "abc"}, "when": "2026-01-01T00:00:00Z"}
+    result = {"benchmark": "scaling", "series": series, "gate": "auto", "threads": 2, **about}
+    (tmp_path / "scaling.json").write_text(json.dumps(result))
+    sides = {"hf_flash": row, "airllm": {"words": "not run: why"}, "llama.cpp": row}
+    cap = {"memory": 5 * 10**8, "accelerate_resident": None, "sides": sides, "our_floor": floor}
+    model = {"model": "tiny-opt", "weights": "RANDOM weights", "model_bytes": 10**9, "caps": [cap]}
+    (tmp_path / "generate.json").write_text(json.dumps({"benchmark": "generate", "models": [model], **about}))
+    drawn = plots.draw(tmp_path, tmp_path / "img")
+    assert {file.name for file in drawn} == {
+        "scaling-cap.png", "scaling-size.png", "scaling-sparsity.png", "generate_tiny-opt.png",
+    }  # fmt: skip
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
+
+
+def test_every_figure_of_the_page_is_there() -> None:
+    text = (BENCHMARKS / "README.md").read_text()
+    named = re.findall(r"\]\((\.\./docs/img/[^)]+)\)", text)
+    assert named
+    for name in named:
+        assert (BENCHMARKS / name).is_file(), name
+
+
+def test_floors_count_what_a_token_needs(helpers: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    floors, synthetic = (importlib.import_module(name) for name in ("floors", "synthetic"))
+    opt = synthetic.planted_opt(tmp_path / "opt", "tiny-opt", 0.05)
+    speeds = {"disk_bytes_per_s": 1e6, "memory_bytes_per_s": 1e7}
+    sizes = floors.tensor_bytes(opt)
+    needed = sum(sizes.values()) - 514 * 64 * 2  # a token needs one row of the positions; the embedding is the head
+    found = floors.lossless(opt, 100_000, speeds)
+    assert found["touched_bytes"] == needed and found["read_bytes"] == needed - 100_000
+    assert found["s_per_token"] == pytest.approx((needed - 100_000) / 1e6)
+    assert floors.n_neurons(opt) == 4 * 256
+    (tmp_path / "flash").mkdir()
+    (tmp_path / "flash" / "flash-00001-of-00001.safetensors").write_bytes(bytes(1024 * 256))
+    spec = {"model_dir": opt, "converted_dir": tmp_path / "flash", "n_neurons": 1024}
+    ffn = 4 * 2 * 64 * 256 * 2
+    row = {"read_bytes_per_token": 5e5, "stats": {"sketch_bytes": 1000, "neurons_wanted": 30, "n_tokens": 3}}
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == needed - ffn + 1000 + 10 * 256
+    row["stats"]["sketch_bytes"] = 0
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == needed - ffn + 1024 * 256
+
+
+def test_rotary_rows_go_from_halves_to_pairs(helpers: tuple[ModuleType, ModuleType]) -> None:
+    import numpy as np
+
+    gguf_files = importlib.import_module("gguf_files")
+    rows = np.arange(8)[:, None] * np.ones((1, 3))  # two heads of four: halves (0 1 | 2 3), (4 5 | 6 7)
+    assert gguf_files.rotary_order(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_no_absolute_folder_of_a_machine() -> None:
