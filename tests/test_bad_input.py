@@ -151,7 +151,7 @@ def test_flipped_byte_in_a_header_is_found_at_load(flash: Path, name: str, offse
     assert verify_file(path)
 
 
-@pytest.mark.parametrize("part", ["codes", "step", "error", "norm"])
+@pytest.mark.parametrize("part", ["nibbles", "plane5", "plane8", "step", "dither", "norm"])
 def test_flipped_byte_in_a_sketch_is_found_at_load(flash: Path, part: str) -> None:
     """A damaged sketch would prove neurons silent that are not."""
     entry = read_header(flash / "gates.safetensors").entries[f"model.layers.1.mlp.sketch.{part}"]
