@@ -31,6 +31,7 @@ from hf_flash.config import FlashConfig
 from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
 from hf_flash.format import (
+    FORMAT_VERSION,
     RUN_BYTES,
     SOURCE_KEY,
     TensorEntry,
@@ -326,7 +327,7 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
 
 def _identity(source: Source, gate_bits: int) -> str:
     """What a flash file was made from and how; the part before the first dash says from what."""
-    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}"
+    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}-v{FORMAT_VERSION}"
 
 
 def tensor_name(block: FFNBlock) -> str:

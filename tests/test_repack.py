@@ -132,6 +132,32 @@ def test_packed_or_not_the_tokens_are_the_dense_model_s(
     assert tokens_of(AutoModelForCausalLM.from_pretrained(source, quantization_config=on_first_use)) == want
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_files_of_an_older_version_are_made_anew(
+    cached: bool, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: without the native kernels they passed for finished ones, whose sketches are not read any more."""
+    monkeypatch.setattr(native, "_lib", None)
+    module = importlib.import_module("hf_flash.repack")
+    config = FlashConfig(memory=CAP, cache_dir=tmp_path / "cache")
+    out = tmp_path / "flash"
+
+    def gates() -> set[str]:
+        if cached:
+            model = AutoModelForCausalLM.from_pretrained(stock, quantization_config=config)
+        else:
+            hf_flash.repack(stock, out, progress=False)
+            model = AutoModelForCausalLM.from_pretrained(out, quantization_config=FLASH)
+        assert tokens_of(model) == dense_tokens(stock)
+        return set(hf_flash.stats(model).plan["gates"].values())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SKETCH_KIND", "sketch")
+        patch.setattr(module, "_identity", lambda source, gate_bits: f"{source.identity()}-{gate_bits}")
+        assert gates() == {"all"}
+    assert gates() == {"certified"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_only_bfloat16_is_packed(dtype: torch.dtype, tmp_path: Path) -> None:
     source = save_stock(tmp_path / "stock", tiny_llama().to(dtype))
