@@ -62,7 +62,7 @@ def watch_flash(modules: dict[str, Any]) -> dict[str, list]:
 
         def recording(x: Any, bias: Any = None, *, ask: Any = ask, path: str = path) -> Any:
             answer = ask(x, bias)
-            wanted[path].append(answer[0].unsqueeze(0))  # one token: its own answer
+            wanted[path].append(answer[1].unsqueeze(0))  # of the last token, which is the only one
             return answer
 
         gate.decide = recording
@@ -93,7 +93,7 @@ def compare(args: Any, source: Path, folder: Path) -> dict[str, Any]:
     for path, module in modules.items():
         bias = module.biases().gate if module.engine.layer.layout.gated else module.biases().up
         truth = torch.cat(fired[path])  # [n_tokens, d_ffn]
-        wanted = torch.stack([answers[path](x, bias)[0] for x in inputs[path]])
+        wanted = torch.stack([answers[path](x, bias)[1] for x in inputs[path]])
         on_its_way = torch.cat(asked[path])
         rows.append({
             "layer": path,

@@ -227,7 +227,7 @@ def _sketch_bits(certified: Sequence[Layer], left: int, least: int) -> tuple[int
     for bits in range(4, 4 + min(len(layer.sketches) for layer in certified)):
         n_bytes = sum(layer.sketches[bits - 4] for layer in certified)
         wanted = WANTED[bits - 4]
-        read = wanted * math.exp(-max(0, left - n_bytes) / rows / (1.7 * wanted))
+        read = math.log(wanted) - max(0, left - n_bytes) / rows / (1.7 * wanted)  # its logarithm: it may be tiny
         if n_bytes + least <= left and read < lowest:
             best, lowest = (bits, n_bytes), read
     return best

@@ -20,7 +20,10 @@ from hf_flash.store import GATES_NAME, LAYERS_KEY
 
 @dataclasses.dataclass(frozen=True)
 class LayerContents:
-    """The FFN of one layer: shape, how a neuron's bundle lies, and what its sketch takes (0 bits: none)."""
+    """The FFN of one layer: shape, how a neuron's bundle lies, and what its sketch takes (0 bits: none).
+
+    `packed` bundles have 12 bits a weight.
+    """
 
     path: str
     n_neurons: int
@@ -28,6 +31,7 @@ class LayerContents:
     d_out: int
     gated: bool
     dtype: str
+    packed: bool
     row_bytes: int
     n_bytes: int
     sketch_bits: int
@@ -120,8 +124,9 @@ def _layers(flash: dict[str, Path], gates: Path | None) -> list[LayerContents]:
                 (
                     layer["index"],
                     LayerContents(
-                        layer["module"], n, d_model, layer["d_out"], layer["gated"], layer["dtype"], shape[1],
-                        n * shape[1], bits, sketch_bytes(n, d_model, bits) if bits else 0, name,
+                        layer["module"], n, d_model, layer["d_out"], layer["gated"], layer["dtype"],
+                        layer.get("exponent") is not None, shape[1], n * shape[1], bits,
+                        sketch_bytes(n, d_model, bits) if bits else 0, name,
                     ),
                 )
             )  # fmt: skip

@@ -2,7 +2,7 @@
 
 A bfloat16 is a sign, 8 bits of exponent and 7 of mantissa. The exponents of a weight matrix are nearly all among 15
 neighbours: 4 bits say which, the other 8 bits stay as they are. Code 0 is exponent 0 (zero and what is smaller than any
-weight that matters), code c is exponent base + c. The few weights outside (1 in 7,000 of a normal distribution) are
+weight that matters), code c is exponent base + c. The few weights outside (1 in 6,600 of a normal distribution) are
 *escapes*: a short list in DRAM has their true values. Kernels compute on the packed rows; what they multiply with is
 exactly the stored weight. (Entropy coding reaches 11 bits, "DFloat11", arXiv:2504.11651, at a price per weight that a
 CPU cannot pay for every token; 4 bits are one table look-up for 64 weights.)

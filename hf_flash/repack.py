@@ -31,6 +31,7 @@ from hf_flash.config import FlashConfig
 from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
 from hf_flash.format import (
+    FORMAT_VERSION,
     RUN_BYTES,
     SOURCE_KEY,
     TensorEntry,
@@ -266,7 +267,6 @@ def repack(
     source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder), pack)
     limit = parse_size(max_shard_size)
     n_bytes = sum(e.n_bytes for e in source.located.by_key.values())
-    raw_config["quantization_config"] = {**FlashConfig(gate_bits=gate_bits).to_dict(), "ffn": describe(source)}
     output.mkdir(parents=True, exist_ok=True)
     with only_writer(output), explain_full_disk(output):
         check_contents(output, source.identity())
@@ -275,6 +275,8 @@ def repack(
         with tqdm(total=n_bytes, unit="B", unit_scale=True, desc="Repacking", disable=not progress) as bar:
             written = write_flash(source, output, gate_bits, limit, bar)
             written += _write_resident(source, output, limit, bar)
+        # Only now is it known which layers could be packed.
+        raw_config["quantization_config"] = {**FlashConfig(gate_bits=gate_bits).to_dict(), "ffn": describe(source)}
         copy_side_files(folder, output)
         card.write_card(output, folder, str(model), raw_config["quantization_config"]["ffn"])
         remove_others(output, written)
@@ -325,7 +327,7 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
 
 def _identity(source: Source, gate_bits: int) -> str:
     """What a flash file was made from and how; the part before the first dash says from what."""
-    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}"
+    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}-v{FORMAT_VERSION}"
 
 
 def tensor_name(block: FFNBlock) -> str:

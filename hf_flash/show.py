@@ -16,6 +16,8 @@ from hf_flash.preview import Preview
 from hf_flash.session import Generation, Phase
 from hf_flash.verify import VerifyReport
 
+PACKED = "12 bits a weight, lossless"
+
 
 def plan_view(preview: Preview, plan: Plan) -> RenderableType:
     """Who has what of the cap, and what a token will cost."""
@@ -37,17 +39,21 @@ def plan_view(preview: Preview, plan: Plan) -> RenderableType:
 
 def _part_note(part: str, preview: Preview, plan: Plan) -> str:
     sketched = [preview.geometry[path] for path, gate in plan.gates.items() if gate == "certified"]
-    bits = "/".join(str(b) for b in sorted({g.sketch_bits for g in sketched}))
+    stored = min((g.sketch_bits for g in sketched), default=0)
+    bits = f"{plan.gate_bits}-bit" if plan.gate_bits == stored else f"{plan.gate_bits} of {stored} bits of the"
+    matrices = [path for m in preview.demand.matrices if (path := m.path) not in plan.streamed]
+    packed = f"; {len(plan.packed)} of {len(matrices)} in {PACKED}" if plan.packed else ""
+    in_12 = any(layer.packed for layer in preview.demand.layers) and not plan.unpacked
     notes = {
         "always resident": "norms, biases, tied embeddings",
         "KV cache": f"{plan.context} tokens x batch {plan.batch_size}",
         "activations": f"a pass over {plan.max_tokens} tokens",
         "runtime": "threads, allocator, torch's scratch",
-        "gates": f"{bits}-bit sketches of {len(sketched)} layers",
+        "gates": f"{bits} sketches of {len(sketched)} layers",
         "batches": "neurons of a prompt on their way",
         "stream": "read buffers",
-        "resident matrices": "attention, embeddings, head",
-        "FFN cache": f"{_cached_share(preview, plan):.0%} of the FFN weights",
+        "resident matrices": "attention, embeddings, head" + packed,
+        "FFN cache": f"{_cached_share(preview, plan):.0%} of the FFN weights" + (f", in {PACKED}" if in_12 else ""),
     }
     return notes.get(part, "")
 
@@ -63,6 +69,9 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
     """What a token reads, in words."""
     gates = Counter(plan.gates.values())
     lines = ["gate: " + ", ".join(f"{gate} in {n} layers" for gate, n in sorted(gates.items()))]
+    packed = sum(layer.packed for layer in preview.demand.layers)
+    if packed:
+        lines.append(f"bundles on flash: {PACKED}" + ("" if packed == len(plan.gates) else f", in {packed} layers"))
     if plan.streamed:
         lookups = {m.path for m in preview.demand.matrices if m.lookup}
         others = [path for path in plan.streamed if path not in lookups]
@@ -141,7 +150,9 @@ def contents_view(contents: Contents, per_layer: bool = False) -> RenderableType
     files.add_row("", "", format_size(sum(file.n_bytes for file in contents.files)))
     asked = contents.options.get("gate", "auto")
     gate = f"gate: {contents.gate}" + (f" (by {asked!r})" if asked != contents.gate else "")
-    return Group(_line(head), shapes, files, _line(gate))
+    packed = sum(layer.packed for layer in contents.layers)
+    lines = [_line(f"bundles: {PACKED}" + ("" if packed == n else f", in {packed} of {n} layers"))] if packed else []
+    return Group(_line(head), shapes, files, *lines, _line(gate))
 
 
 def _shape(layer: LayerContents) -> tuple[str, ...]:

@@ -221,14 +221,22 @@ def layers_of(header: TensorFile) -> dict[str, dict[str, Any]]:
             if header.entries[name].shape != shape or not {"index", "module"} <= set(layer):
                 raise ValueError(f"{name} is {list(header.entries[name].shape)}, expected {list(shape)}")
             if layout.packed:
-                if not can_pack(layout.dtype, layout.d_model, layout.d_out) or not 0 <= layer["exponent"] <= 240:
-                    raise ValueError(f"{name} cannot be packed")
-                header.entries[escapes_name(layer["module"])]
+                _check_packed(header, name, layer, layout)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{header.path}: {LAYERS_KEY} in its header does not fit its tensors ({error!r}). Repack the checkpoint."
         ) from error
     return layers
+
+
+def _check_packed(header: TensorFile, name: str, layer: Mapping[str, Any], layout: BundleLayout) -> None:
+    """Refuse a packed layer that the kernels could not compute on: they check nothing."""
+    lengths = (layout.d_model,) * (2 if layout.gated else 1) + (layout.d_out,)
+    if not can_pack(layout.dtype, *lengths) or type(layer["exponent"]) is not int or not 0 <= layer["exponent"] <= 240:
+        raise ValueError(f"{name} cannot be packed with exponent {layer['exponent']}")
+    escapes = header.entries[escapes_name(layer["module"])]
+    if escapes.dtype != "I32" or escapes.shape != (escapes.n_bytes // 8, 2) or escapes.n_bytes % 8:
+        raise ValueError(f"{escapes.name} is {escapes.dtype} {list(escapes.shape)}, expected I32 [m, 2]")
 
 
 def layout_of(layer: Mapping[str, Any]) -> BundleLayout:

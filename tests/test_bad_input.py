@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers_hub import CAP, dense_tokens, run_python, save_stock, tiny_llama, tokens_of
@@ -31,9 +33,10 @@ from hf_flash.errors import (
     ShortReadError,
     UnknownArchitectureError,
 )
-from hf_flash.format import read_header, verify_file
+from hf_flash.format import TensorFileWriter, read_header, verify_file
 from hf_flash.output import only_writer
 from hf_flash.readers import ThreadReader
+from hf_flash.store import LAYERS_KEY
 
 FLASH = FlashConfig(memory=CAP)
 SHARD = "flash-00002-of-00003.safetensors"
@@ -151,7 +154,7 @@ def test_flipped_byte_in_a_header_is_found_at_load(flash: Path, name: str, offse
     assert verify_file(path)
 
 
-@pytest.mark.parametrize("part", ["codes", "step", "error", "norm"])
+@pytest.mark.parametrize("part", ["nibbles", "plane5", "plane8", "step", "dither", "norm"])
 def test_flipped_byte_in_a_sketch_is_found_at_load(flash: Path, part: str) -> None:
     """A damaged sketch would prove neurons silent that are not."""
     entry = read_header(flash / "gates.safetensors").entries[f"model.layers.1.mlp.sketch.{part}"]
@@ -170,6 +173,123 @@ def test_every_single_flip_in_a_header_is_caught(whole: Path, tmp_path: Path) ->
         path.write_bytes(raw)
         flip(path, offset)
         assert verify_file(path), f"byte {offset} ({raw[offset : offset + 1]!r})"
+
+
+# Packed bundles: kernels check nothing, so the lists that they follow are checked before ------------------------------
+
+
+@pytest.fixture(scope="module")
+def packable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """bfloat16, with weights in layer 1 that have no code."""
+    model = tiny_llama("silu").bfloat16()
+    with torch.no_grad():
+        for i in (3, 3, 70, 255):
+            model.model.layers[1].mlp.up_proj.weight[i, i % 64] = 1e-20
+        model.model.layers[1].mlp.down_proj.weight[0, 3] = 1e-20
+    return save_stock(tmp_path_factory.mktemp("packed") / "stock", model)
+
+
+def repack_with(
+    packable: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    specs: Any = None,
+    layers: Any = None,
+    data: Any = None,
+) -> Path:
+    """A checkpoint whose checksums fit, but not what it says of layer 1; each function changes something in place."""
+    init, write = TensorFileWriter.__init__, TensorFileWriter.write
+
+    def with_other_header(self: Any, path: Path, tensors: Any, metadata: dict[str, str], **rest: Any) -> None:
+        if specs is not None:
+            tensors = [specs(spec) if spec.name == ESCAPES else spec for spec in tensors]
+        if layers is not None and LAYERS_KEY in metadata:
+            found = json.loads(metadata[LAYERS_KEY])
+            layers(found["model.layers.1.mlp.bundles"])
+            metadata = {**metadata, LAYERS_KEY: json.dumps(found)}
+        init(self, path, tensors, metadata, **rest)
+
+    def with_other_data(self: Any, name: str, bytes_: Any) -> None:
+        if data is not None and name == ESCAPES:
+            pairs = np.frombuffer(bytes_, np.int32).reshape(-1, 2).copy()
+            data(pairs)
+            bytes_ = pairs.data
+        write(self, name, bytes_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorFileWriter, "__init__", with_other_header)
+        patch.setattr(TensorFileWriter, "write", with_other_data)
+        return hf_flash.repack(packable, out, pack=True, progress=False)
+
+
+ESCAPES = "model.layers.1.mlp.escapes"
+
+
+def set_to(index: tuple[int, int], value: int) -> Callable[[Any], None]:
+    return lambda pairs: pairs.__setitem__(index, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pairs: pairs.__setitem__(slice(None), pairs[::-1].copy()), "is not in order"),
+        (set_to((0, 0), -1), "is not in order"),
+        (set_to((-1, 0), 256), "is not in order"),
+        (set_to((0, 1), 192 << 16), "names weights that are not there"),
+        (set_to((0, 1), -1), "names weights that are not there"),
+    ],
+    ids=["reversed", "neuron -1", "neuron 256", "position 192", "position 65535"],
+)
+def test_escapes_that_cannot_be(
+    packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
+) -> None:
+    folder = repack_with(packable, tmp_path / "out", monkeypatch, data=change)
+    assert hf_flash.verify(folder, progress=False).problems == [], "the bytes are those that were written"
+    with pytest.raises(CheckpointError, match=rf"{ESCAPES} {message}.*Repack"):
+        load(folder)
+
+
+@pytest.mark.parametrize("exponent", [-1, 241, 255, 7.5, "7", True])
+def test_exponent_that_cannot_be(
+    packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exponent: object
+) -> None:
+    folder = repack_with(packable, tmp_path / "out", monkeypatch, layers=lambda layer: layer.update(exponent=exponent))
+    with pytest.raises(CheckpointError, match=r"does not fit its tensors.*Repack"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        lambda spec: dataclasses.replace(spec, dtype="F32"),
+        lambda spec: dataclasses.replace(spec, shape=(2, spec.shape[0])),
+        lambda spec: dataclasses.replace(spec, shape=(spec.n_bytes // 4,)),
+    ],
+    ids=["dtype", "transposed", "flat"],
+)
+def test_escapes_of_another_kind(packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, specs: Any) -> None:
+    folder = repack_with(packable, tmp_path / "out", monkeypatch, specs=specs)
+    with pytest.raises(CheckpointError, match=rf"{ESCAPES} is .*expected I32 \[m, 2\]"):
+        load(folder)
+
+
+def test_escapes_that_are_not_there(packable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repack_with(packable, tmp_path / "out", monkeypatch, layers=lambda layer: layer.update(module="other"))
+    with pytest.raises(CheckpointError, match="does not fit its tensors"):
+        load(folder)
+
+
+def test_flipped_byte_in_the_escapes(packable: Path, tmp_path: Path) -> None:
+    folder = hf_flash.repack(packable, tmp_path / "out", pack=True, progress=False)
+    assert tokens_of(load(folder)) == dense_tokens(packable)
+    (path,) = folder.glob("flash-*")
+    entry = read_header(path).entries[ESCAPES]
+    flip(path, entry.start + entry.n_bytes - 1)
+    (line,) = hf_flash.verify(folder, progress=False).problems
+    assert f"bytes {entry.start} to {entry.start + entry.n_bytes} (tensor {ESCAPES}) differ" in line
+    with pytest.raises(ChecksumError, match=rf"{ESCAPES} differs from its checksum"):
+        load(folder)
 
 
 # Files that do not belong together ---------------------------------------------------------------------------------

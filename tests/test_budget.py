@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 @st.composite
 def layers(draw: st.DrawFn) -> list[Layer]:
-    """FFNs of one model: one geometry or two, gated by a sketch or not."""
+    """FFNs of one model: one geometry or two, gated by a sketch or not, packed or not."""
     kinds = [
         (draw(st.integers(1, 6000)), 512 * draw(st.integers(1, 80)), draw(st.booleans()))
         for _ in range(draw(st.integers(1, 2)))
@@ -24,20 +24,25 @@ def layers(draw: st.DrawFn) -> list[Layer]:
     out = []
     for i in range(draw(st.integers(1, 12))):
         n, row, certified = kinds[i % len(kinds)]
-        matrix = n * (row - draw(st.integers(0, 511)) // 2 * 2)
+        packed = draw(st.booleans())
+        matrix = n * (row * 4 // 3 if packed else row - draw(st.integers(0, 511)) // 2 * 2)
         full = n * row // 4
         sketches, scratch = (tuple(full * b // 8 for b in range(4, 9)), n * 1536 + 500_000) if certified else ((), 0)
-        out.append(Layer(f"layers.{i}.mlp", n, row, matrix, matrix // 3, sketches, scratch))
+        out.append(Layer(f"layers.{i}.mlp", n, row, matrix, matrix // 3, sketches, scratch, packed))
     return out
 
 
 @st.composite
 def demands(draw: st.DrawFn, wider: tuple[int, ...] = (1, 2)) -> Demand:
-    """`wider` 2: matrices are stored in half precision and computed in single."""
+    """`wider` 2: matrices are stored in half precision and computed in single. Some can be packed."""
     width, wider = 2 * draw(st.integers(16, 8000)), draw(st.sampled_from(wider))
     matrices = [
         Matrix(f"matrix{i}", wider * n * width, i == 0 and draw(st.booleans()), width, n * width)
         for i, n in enumerate(draw(st.lists(st.integers(1, 3000), max_size=8)))
+    ]
+    matrices = [
+        m if m.lookup or draw(st.booleans()) else dataclasses.replace(m, packed_bytes=m.flash_bytes * 3 // 4 + 1)
+        for m in matrices
     ]
     return Demand(
         draw(st.integers(0, 50 * MIB)), matrices, draw(layers()), draw(st.integers(0, 50 * MIB)),
@@ -47,7 +52,8 @@ def demands(draw: st.DrawFn, wider: tuple[int, ...] = (1, 2)) -> Demand:
 
 def most(demand: Demand) -> int:
     """A cap under which nothing is left on flash."""
-    everything = sum(m.n_bytes for m in demand.matrices) + sum(x.n_neurons * x.row_bytes for x in demand.layers)
+    everything = sum(m.n_bytes for m in demand.matrices)
+    everything += sum(max(x.n_neurons * x.row_bytes, x.matrix_bytes) for x in demand.layers)
     return 2 * smallest_cap(demand) + everything + 256 * MIB
 
 
@@ -66,14 +72,23 @@ def check(demand: Demand, plan: Plan, memory: int) -> None:
         rows, step = plan.pinned_rows[layer.path], min(layer.n_neurons, max(1, plan.chunk_bytes // layer.row_bytes))
         assert 0 <= rows <= layer.n_neurons
         assert rows == layer.n_neurons or rows % step == 0, "pinned rows are whole chunks"
-        held += layer.matrix_bytes if rows == layer.n_neurons else rows * layer.row_bytes
+        held += layer.pinned_bytes(plan.unpacked) if rows == layer.n_neurons else rows * layer.row_bytes
         read += (layer.n_neurons - rows) * layer.row_bytes
     assert plan.parts["FFN cache"] == held
     streamed = [m for m in demand.matrices if m.path in plan.streamed]
     assert len(streamed) == len(plan.streamed) == len(set(plan.streamed))
     assert plan.bytes_per_token == read + sum(m.row_bytes if m.lookup else m.flash_bytes for m in streamed)
-    resident = sum(m.n_bytes for m in demand.matrices if m.path not in plan.streamed)
-    assert plan.parts["resident matrices"] == resident
+    resident = [m for m in demand.matrices if m.path not in plan.streamed]
+    packed = [m for m in resident if m.path in plan.packed]
+    assert len(packed) == len(plan.packed) == len(set(plan.packed))
+    assert all(m.packed_bytes for m in packed), "what cannot be packed is not"
+    assert plan.unpacked or all(m in packed for m in resident if m.packed_bytes), "memory is short: all that can be is"
+    assert not plan.unpacked or not (plan.packed or plan.streamed), "nothing is packed where everything fits"
+    size = sum(m.packed_bytes for m in packed) + sum(m.n_bytes for m in resident if m not in packed)
+    assert plan.parts["resident matrices"] == size
+    sketches = [layer.sketches for layer in demand.layers if layer.sketches]
+    assert plan.gate_bits == 0 if not sketches else 4 <= plan.gate_bits <= 8
+    assert plan.parts["gates"] == sum(sizes[plan.gate_bits - 4] for sizes in sketches)
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,7 +114,9 @@ def test_the_smallest_cap_works_and_a_step_less_does_not(demand: Demand) -> None
 def test_with_enough_memory_nothing_is_read(demand: Demand) -> None:
     plan = make_plan(demand, most(demand))
     assert plan.bytes_per_token == 0
-    assert plan.streamed == []
+    assert plan.streamed == plan.packed == []
+    assert plan.unpacked
+    assert plan.gate_bits == (8 if any(layer.sketches for layer in demand.layers) else 0)
     assert all(plan.slots[layer.path] == layer.n_neurons for layer in demand.layers if layer.sketch_bytes)
 
 
@@ -115,6 +132,19 @@ def test_more_memory_never_reads_more_with_chunks_of_one_size(
     assert more.bytes_per_token <= less.bytes_per_token
     if more.streamed == less.streamed and more.gate_bits == less.gate_bits:
         assert all(more.slots[path] >= n for path, n in less.slots.items())
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands(), st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted), st.sampled_from([1, 3, 16]))
+def test_more_memory_never_packs_what_fitted_unpacked(demand: Demand, shares: list[float], n_chunks: int) -> None:
+    low, high = smallest_cap(demand), most(demand)
+    less, more = (divide(demand, int(low + share * (high - low)), n_chunks * MIN_CHUNK_BYTES) for share in shares)
+    assume(less is not None)
+    assert more is not None
+    assert more.unpacked >= less.unpacked
+    assert len(more.streamed) <= len(less.streamed)
+    if more.packed != less.packed:
+        assert not more.packed or set(more.packed) > set(less.packed)
 
 
 @settings(max_examples=150, deadline=None)
@@ -143,6 +173,41 @@ def test_an_embedding_goes_to_flash_before_any_matrix() -> None:
     plans = [make_plan(DEMAND, memory) for memory in range(smallest_cap(DEMAND), most(DEMAND), MIB)]
     seen = list(dict.fromkeys(tuple(plan.streamed) for plan in plans))
     assert seen == [("q", "embed"), ("embed",), ()]
+
+
+def test_packed_before_streamed_and_only_where_memory_is_short() -> None:
+    packable = dataclasses.replace(
+        DEMAND,
+        matrices=[dataclasses.replace(m, packed_bytes=0 if m.lookup else m.n_bytes * 3 // 4) for m in DEMAND.matrices],
+        layers=[
+            dataclasses.replace(x, row_bytes=x.row_bytes * 3 // 4, packed=True) for x in DEMAND.layers
+        ],
+    )  # fmt: skip
+    plans = [make_plan(packable, memory) for memory in range(smallest_cap(packable), most(packable), MIB)]
+    seen = [(tuple(plan.streamed), tuple(plan.packed), plan.unpacked) for plan in plans]
+    assert list(dict.fromkeys(seen)) == [
+        (("q", "embed"), (), False), (("embed",), ("q",), False), ((), (), True),
+    ]  # fmt: skip
+    full = next(plan for plan in plans if plan.unpacked)
+    assert full.parts["FFN cache"] == sum(layer.matrix_bytes for layer in packable.layers)
+    tight = plans[plans.index(full) - 1]
+    assert tight.parts["FFN cache"] <= sum(layer.n_neurons * layer.row_bytes for layer in packable.layers)
+    assert tight.bytes_per_token == 4096, "packed, all but a row of the embedding stays in DRAM"
+
+
+def test_sketch_bits_follow_memory() -> None:
+    """A small cap keeps 4 bits and slots, a large one all 8; a tiny model under a huge cap too.
+
+    Bug: expected reads that underflow to 0 for every number of bits made it 4.
+    """
+    sketches = tuple(1000 * bits * 2048 // 8 for bits in range(4, 9))
+    layers = [Layer(f"{i}", 1000, 12288, 12288000, 4096000, sketches, MIB) for i in range(8)]
+    demand = dataclasses.replace(DEMAND, layers=layers)
+    low = smallest_cap(demand)
+    bits = [make_plan(demand, memory).gate_bits for memory in (low, low + 4 * MIB, most(demand), 1 << 40)]
+    assert bits[0] == 4 and bits[2:] == [8, 8] and bits == sorted(bits), bits
+    few = dataclasses.replace(demand, layers=[dataclasses.replace(x, sketches=sketches[:2]) for x in layers])
+    assert make_plan(few, most(few)).gate_bits == 5, "no more than are stored"
 
 
 def test_pinned_layers_are_spread_over_the_depth() -> None:

@@ -127,6 +127,25 @@ def test_plan(which: str, request: pytest.FixtureRequest) -> None:
     assert "gate: all in 3 layers" in text and "KV cache" in text and "the smallest that would do" in text
 
 
+def test_packed_bundles_are_said_to_be(tmp_path: Path) -> None:
+    source = save_stock(tmp_path / "stock", tiny_llama().bfloat16())
+    words = "12 bits a weight, lossless"
+    for pack in (True, False):
+        folder = hf_flash.repack(source, tmp_path / f"flash-{pack}", pack=pack, progress=False)
+        assert [layer["packed"] for layer in said("inspect", folder)["layers"]] == [pack] * 3
+        assert (f"bundles: {words}" in hf("inspect", folder).stdout) == pack
+        least = hf_flash.smallest_cap(folder, context=32)
+        roomy = hf("plan", folder, "--memory", CAP, "--context", 32).stdout
+        tight = hf("plan", folder, "--memory", least, "--context", 32)
+        assert (f"bundles on flash: {words}" in roomy) == (f"bundles on flash: {words}" in tight.stdout) == pack
+        assert "8-bit sketches of 3 layers" in roomy
+        plan = hf_flash.plan(folder, memory=least, context=32)
+        if plan.packed:
+            assert f"{len(plan.packed)} of" in tight.stdout
+        if plan.gate_bits < 8:
+            assert f"{plan.gate_bits} of 8 bits of the sketches of 3 layers" in " ".join(tight.stdout.split())
+
+
 def test_inspect(flash: Path) -> None:
     found = said("inspect", flash)
     assert found["gate"] == "certified" and found["architecture"] == "LlamaForCausalLM"
