@@ -1,7 +1,8 @@
 // The sparse FFN over slots: a few tokens, some neurons, no row copied. Reference: ops.hidden and ops.project.
 //
-// A row is used from its first byte to its last, and the same place of the next one is fetched meanwhile: rows lie
-// anywhere, so no hardware sees them coming.
+// Four rows at a time: inputs and sums are loaded once for four, and four streams of memory are under way at once, which
+// a core needs to keep its memory busy. Rows lie anywhere, so those of 16-bit numbers, which take longer to widen than to
+// multiply, are fetched ahead by hand; for float32 the hardware does better (benchmarks/kernels.py).
 #include "ffn.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
