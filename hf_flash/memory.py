@@ -6,10 +6,14 @@ the moment it is dropped, which a budget relies on and malloc does not promise.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 
 import torch
+
+
+HUGE_BYTES = 8 << 20  # from here on memory is asked for in huge pages: rows lie anywhere in it
 
 
 def aligned_empty(n_bytes: int) -> torch.Tensor:
@@ -23,7 +27,11 @@ def aligned_empty(n_bytes: int) -> torch.Tensor:
     """
     if n_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if n_bytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:
