@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_flash import early
 from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
@@ -339,6 +340,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 module.stats, module.trim_once = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
+    early.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
         if isinstance(looked_up, PackedEmbedding) and isinstance(head, PackedLinear):

@@ -5,17 +5,64 @@ already, so the same norm of it, scored by the sketch, names most of what the la
 strongest neurons of a real model). A wrong guess costs a read, never a wrong token: the layer's own gate decides.
 
 Which norm feeds the FFN is not known from names; it is seen in the first pass, where one norm's output arrives there.
+
+Whether it pays depends on the disk: a second scan of the sketch costs arithmetic and buys waiting. So it is tried: some
+tokens without, some with, and the faster way is kept, until it is tried again.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hf_flash.engine import EARLY_TOKENS, SparseEngine
 from hf_flash.ffn import FlashFFN
+
+logger = logging.get_logger(__name__)
+
+WARM_TOKENS, TRIED_TOKENS, AGAIN_TOKENS = 24, 12, 2048
+
+
+class Trial:
+    """Whether early gates are on: tried, decided by the time of a token, and tried again later.
+
+    Attributes:
+        on: what holds for the token that is being computed.
+    """
+
+    def __init__(self) -> None:
+        self.on, self._n_tokens = False, 0
+        self._last: float | None = None
+        self._times: dict[bool, list[float]] = {False: [], True: []}
+
+    def next_token(self, now: float | None) -> None:
+        """A token begins, at `now` on time.perf_counter's clock; None for a pass of many, which is not counted."""
+        if now is None:
+            self._last = None
+            return
+        if self._last is not None:
+            self._times[self.on].append(now - self._last)
+        self._last = now
+        self._n_tokens += 1
+        if self._n_tokens == WARM_TOKENS:
+            self._times[False].clear()
+        elif self._n_tokens == WARM_TOKENS + TRIED_TOKENS:
+            self.on = True
+        elif self._n_tokens == WARM_TOKENS + 2 * TRIED_TOKENS:
+            off_s, on_s = (statistics.median(self._times[way]) for way in (False, True))
+            self.on = on_s < 0.98 * off_s
+            word = "on" if self.on else "off"
+            logger.info(f"hf_flash: early gate {word}: {1e3 * on_s:.1f} ms a token with it, {1e3 * off_s:.1f} without.")
+        elif self._n_tokens >= AGAIN_TOKENS:
+            self.__init__()  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
+        return self
 
 
 class EarlyGate:
@@ -23,10 +70,12 @@ class EarlyGate:
 
     Args:
         layer: the decoder layer. ffn: its FFN, with a `SparseEngine`.
+        trial: whether to guess. first: whether this is the layer that a token meets first.
     """
 
-    def __init__(self, layer: nn.Module, ffn: FlashFFN) -> None:
-        self._ffn, self._norm = ffn, None
+    def __init__(self, layer: nn.Module, ffn: FlashFFN, trial: Trial, first: bool) -> None:
+        self._ffn, self._trial, self._first = ffn, trial, first
+        self._norm: nn.Module | None = None
         self._seen: list[tuple[nn.Module, torch.Tensor]] = []
         norms = [child for child in layer.children() if "Norm" in type(child).__name__]
         self._learning = [norm.register_forward_hook(self._saw) for norm in norms]
@@ -51,8 +100,10 @@ class EarlyGate:
         stream = args[0] if args else kwargs.get("hidden_states")
         if torch.is_grad_enabled() or not isinstance(stream, torch.Tensor) or self._norm is None:
             return
-        engine = self._ffn.engine
-        if isinstance(engine, SparseEngine) and stream.numel() <= EARLY_TOKENS * stream.shape[-1]:
+        engine, few = self._ffn.engine, stream.numel() <= EARLY_TOKENS * stream.shape[-1]
+        if self._first:
+            self._trial.next_token(time.perf_counter() if few else None)
+        if few and self._trial.on and isinstance(engine, SparseEngine):
             x = self._norm(stream)
             engine.early(x if self._ffn.compute_dtype is None else x.to(self._ffn.compute_dtype), self._ffn.biases())
 
@@ -60,9 +111,9 @@ class EarlyGate:
         return self
 
 
-def install(model: nn.Module) -> int:
+def install(model: nn.Module, trial: Trial | None = None) -> int:
     """Give every FFN that can use it an early gate; returns how many there are."""
-    found = 0
+    found, trial = 0, trial or Trial()
     for path, module in list(model.named_modules()):
         if not isinstance(module, FlashFFN) or not isinstance(module.engine, SparseEngine) or not module.engine.steps:
             continue
@@ -70,6 +121,6 @@ def install(model: nn.Module) -> int:
         while parent and not any("Norm" in type(child).__name__ for child in model.get_submodule(parent).children()):
             parent = parent.rpartition(".")[0]
         if parent:
-            EarlyGate(model.get_submodule(parent), module)
+            EarlyGate(model.get_submodule(parent), module, trial, found == 0)
             found += 1
     return found

@@ -12,7 +12,6 @@ import mmap
 
 import torch
 
-
 HUGE_BYTES = 8 << 20  # from here on memory is asked for in huge pages: rows lie anywhere in it
 
 

@@ -62,23 +62,40 @@ INLINE Vec load(const float *from) {
   return v;
 }
 
+INLINE Vec product(const Vec *q, const float *x) {
+  Vec part = q[0] * load(x), other = q[1] * load(x + W);
+  for (int v = 2; v < N_VEC; v += 2) part += q[v] * load(x + v * W), other += q[v + 1] * load(x + (v + 1) * W);
+  return part + other;
+}
+
+template <int BITS> INLINE Vec group(const Sketch *s, int64_t at, const float *x) {
+  Vec q[N_VEC];
+  decode<BITS>(s, at, q);
+  return product(q, x);
+}
+
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
-  const int64_t groups = s->groups, ahead = 8;  // groups fetched ahead
+  const int64_t groups = s->groups, ahead = 32;  // groups fetched ahead
   std::vector<float> step(static_cast<size_t>(groups));
   for (int64_t i = begin; i < end; i++) {
     const uint16_t *stored = s->step + i * groups;
     for (int64_t g = 0; g < groups; g++) step[static_cast<size_t>(g)] = from_bf16(stored[g]);
     Vec sums[MAX_TOKENS] = {};
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t at = i * groups + g;
-      Vec q[N_VEC];
-      __builtin_prefetch(s->nibbles + (at + ahead * 4) * 32);
-      decode<BITS>(s, at, q);
-      for (int64_t t = 0; t < in->T; t++) {
-        const float *x = in->x + (t * groups + g) * GROUP;
-        Vec part = q[0] * load(x), other = q[1] * load(x + W);
-        for (int v = 2; v < N_VEC; v += 2) part += q[v] * load(x + v * W), other += q[v + 1] * load(x + (v + 1) * W);
-        sums[t] += step[static_cast<size_t>(g)] * (part + other);
+    if (in->T == 1) {  // its sums stay in registers
+      Vec sum{};
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = i * groups + g;
+        __builtin_prefetch(s->nibbles + (at + ahead) * 32);
+        sum += step[static_cast<size_t>(g)] * group<BITS>(s, at, in->x + g * GROUP);
+      }
+      sums[0] = sum;
+    } else {
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t at = i * groups + g;
+        Vec q[N_VEC];
+        decode<BITS>(s, at, q);
+        for (int64_t t = 0; t < in->T; t++)
+          sums[t] += step[static_cast<size_t>(g)] * product(q, in->x + (t * groups + g) * GROUP);
       }
     }
     uint8_t any = 0, last = 0;

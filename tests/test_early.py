@@ -1,0 +1,75 @@
+"""The early gate guesses, never decides: tokens are those without it; it is kept only where it pays."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import TINY
+from transformers import AutoModelForCausalLM
+
+import hf_flash
+from hf_flash import early, native
+from hf_flash.early import AGAIN_TOKENS, TRIED_TOKENS, WARM_TOKENS, Trial
+from hf_flash.engine import SparseEngine
+from hf_flash.ffn import FlashFFN
+
+
+def run(trial: Trial, n_tokens: int, clock: float, off_s: float, on_s: float) -> float:
+    for _ in range(n_tokens):
+        trial.next_token(clock)
+        clock += on_s if trial.on else off_s
+    return clock
+
+
+@pytest.mark.parametrize("on_s,kept", [(0.8, True), (0.99, False), (1.5, False)])
+def test_the_faster_way_is_kept_and_tried_again(on_s: float, kept: bool) -> None:
+    trial = Trial()
+    clock = run(trial, WARM_TOKENS + TRIED_TOKENS - 1, 0.0, 1.0, on_s)
+    assert not trial.on
+    clock = run(trial, 1, clock, 1.0, on_s)
+    assert trial.on
+    clock = run(trial, TRIED_TOKENS, clock, 1.0, on_s)
+    assert trial.on == kept
+    clock = run(trial, 5, clock, 1.0, on_s)
+    trial.next_token(None)  # a prompt comes between
+    clock = run(trial, AGAIN_TOKENS - WARM_TOKENS - 2 * TRIED_TOKENS - 5, clock + 1e6, 1.0, on_s)
+    assert not trial.on
+    run(trial, WARM_TOKENS + 2 * TRIED_TOKENS, clock, 1.0, 0.5)
+    assert trial.on
+
+
+class Always(Trial):
+    """On from the first token."""
+
+    def __init__(self) -> None:
+        self.on, self.n = True, 0
+
+    def next_token(self, now: float | None) -> None:
+        self.n += now is not None
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("name", ["opt", "llama-relu"])
+def test_guesses_change_no_token(name: str, tmp_path: Path) -> None:
+    model = TINY[name]().eval()
+    model.save_pretrained(tmp_path / "stock")
+    ids = torch.arange(5, 12)[None]
+    want = model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    flash = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "stock", quantization_config=hf_flash.FlashConfig(memory="48MiB", cache_dir=tmp_path / "cache")
+    )
+    engines = [m.engine for m in flash.modules() if isinstance(m, FlashFFN)]
+    if not all(isinstance(engine, SparseEngine) and engine.steps for engine in engines):
+        pytest.skip("io_uring cannot be had here")
+    for engine in engines:  # slots for a part of the neurons, so that there is something to guess
+        engine.cache.n_slots = engine.layer.n_neurons * 4 // 5
+        engine.cache.reset()
+    trial = Always()
+    assert early.install(flash, trial) == len(engines)
+    got = flash.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    assert torch.equal(got, want)
+    assert trial.n >= 22  # the first pass is the prompt's, and shows which norm it is
+    stats = hf_flash.stats(flash)
+    assert stats.neurons_early > 0
+    assert stats.neurons_hit + stats.neurons_early <= stats.neurons_wanted
+    assert all(engine._step._s.early is None for engine in engines)
