@@ -31,7 +31,7 @@ from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.memory import trim_malloc
+from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.stats import FlashStats
@@ -314,6 +314,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     Raises:
         CheckpointError: a file is missing, torn or truncated.
     """
+    return_large_blocks()
     config, plan, stats = runtime.config, runtime.plan, runtime.stats
     reader = open_reader(n_threads=config.n_threads)
     runtime.store = store = FlashStore(runtime.files, reader)
@@ -337,7 +338,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
             if module is first:
-                module.stats, module.trim_once = stats, True
+                module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
     early.install(model)

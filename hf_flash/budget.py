@@ -25,7 +25,8 @@ WANTED = (
     0.054,
 )  # share of neurons that a sketch of 4, 5, ... bits wants where 1 in 20 fires
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
-RUNTIME_BYTES = 18 << 20
+RUNTIME_BYTES = 24 << 20
+BOOKS_BYTES = 40  # a neuron in the cache's books and in the scratch of a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,8 @@ def _batch_bytes(demand: Demand, certified: Sequence[Layer], chunk: int) -> int:
     unpacked = 2 * chunk if any(layer.packed for layer in demand.layers) else 0
     if not certified:
         return unpacked
-    return 3 * chunk + 4 * chunk + unpacked + max(layer.gate_scratch_bytes for layer in certified)
+    books = sum(layer.n_neurons * BOOKS_BYTES for layer in certified)
+    return 3 * chunk + 4 * chunk + unpacked + books + max(layer.gate_scratch_bytes for layer in certified)
 
 
 def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:

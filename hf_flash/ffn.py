@@ -13,6 +13,7 @@ from hf_flash.engine import Engine
 from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, Part
 from hf_flash.memory import trim_malloc
+from hf_flash.native import MAX_TOKENS
 from hf_flash.stats import FlashStats
 
 
@@ -57,7 +58,7 @@ class FlashFFN(nn.Module):
         self.block = block
         self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
-        self.trim_once = False  # set there too: what was loaded since the model was (a tokenizer) left freed memory
+        self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
@@ -108,10 +109,7 @@ class FlashFFN(nn.Module):
                 "call hf_flash.patch(model)."
             )
         if self.stats is not None:
-            self.stats.add(n_tokens=x.numel() // x.shape[-1], n_forwards=1)
-        if self.trim_once:
-            self.trim_once = False
-            trim_malloc()
+            self._count(x.numel() // x.shape[-1])
         x = ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             y = self.engine.forward(x, self.own_activation, self.biases())
@@ -119,6 +117,14 @@ class FlashFFN(nn.Module):
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
         return y + residual[0] if self.block.takes_residual and residual else y
+
+    def _count(self, n_tokens: int) -> None:
+        """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""
+        assert self.stats is not None
+        self.stats.add(n_tokens=n_tokens, n_forwards=1)
+        if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
+            trim_malloc()
+        self.trim = n_tokens > MAX_TOKENS
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         """The block's output, with a gradient where one is wanted."""

@@ -12,6 +12,7 @@ import mmap
 
 import torch
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 HUGE_BYTES = 8 << 20  # from here on memory is asked for in huge pages: rows lie anywhere in it
 
 
@@ -43,3 +44,14 @@ def trim_malloc() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_large_blocks() -> None:
+    """Make malloc take blocks of 1 MiB and more from the system and give them back when they are freed.
+
+    glibc raises that limit to 32 MiB as a program frees such blocks; from then on the scratch of a long prompt stays in
+    the heap, in holes that the cap pays for.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
