@@ -86,6 +86,14 @@ def repack(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", show_default=False, help="Folder to write.")],
     gate_bits: GateBits = 8,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a file at most.")] = "5GB",
+    pack: Annotated[
+        bool | None,
+        typer.Option(
+            "--pack/--no-pack",
+            show_default=False,
+            help="bfloat16 rows in 12 bits a weight, lossless (default: where the native kernels are built).",
+        ),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -102,7 +110,7 @@ def repack(
     start = time.monotonic()
     folder = repack_folder(
         model, output, gate_bits=gate_bits, max_shard_size=max_shard_size, revision=revision,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, pack=pack,
     )  # fmt: skip
     found = contents.contents(folder)
     _report({**found.to_dict(), "seconds": time.monotonic() - start}, show.contents_view(found), as_json)

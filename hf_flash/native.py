@@ -158,7 +158,7 @@ def sparse_ffn(
     start = time.perf_counter()
     fired = _lib.hf_flash_sparse_ffn(
         x32.data_ptr(), x.shape[0], d_model, d_out, rows.data_ptr(), rows.stride(0), slots.contiguous().data_ptr(),
-        len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), CODES[weight_dtype], CODES[x.dtype],
+        len(slots), pointer(biases[0]), pointer(biases[1]), int(gated), CODES[weight_dtype], CODES[x.dtype],
         act[0], act[1], out.data_ptr(),
     )  # fmt: skip
     if trace.active is not None:
@@ -191,7 +191,7 @@ def gate(
     start = time.perf_counter()
     n_ids = _lib.hf_flash_gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
-        sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), _pointer(bias), sketch.bits,
+        sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), pointer(bias), sketch.bits,
         -1.0 if log_term is None else log_term, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
         recent.data_ptr(),
     )  # fmt: skip
@@ -200,5 +200,6 @@ def gate(
     return ids[:n_ids], recent
 
 
-def _pointer(tensor: torch.Tensor | None) -> int | None:
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Address of a tensor's numbers for a native call; None, which is null there, for none."""
     return None if tensor is None else tensor.data_ptr()

@@ -3,9 +3,10 @@
 A bfloat16 is a sign, 8 bits of exponent and 7 of mantissa. The exponents of a weight matrix are nearly all among 15
 neighbours: 4 bits say which, the other 8 bits stay as they are. Code 0 is exponent 0 (zero and what is smaller than any
 weight that matters), code c is exponent base + c. The few weights outside (1 in 6,600 of a normal distribution) are
-*escapes*: a short list in DRAM has their true values. Kernels compute on the packed rows; what they multiply with is
-exactly the stored weight. (Entropy coding reaches 11 bits, "DFloat11", arXiv:2504.11651, at a price per weight that a
-CPU cannot pay for every token; 4 bits are one table look-up for 64 weights.)
+*escapes*: a short list in DRAM has their true values. Kernels compute on the packed rows, and what they multiply with
+is the stored weight (in an escape's place stands a number below 2^-126 besides, which no sum of weights sees). Entropy
+coding reaches 11 bits ("DFloat11", arXiv:2504.11651) at a price per weight that a CPU cannot pay for every token; 4
+bits are one table look-up for 64 weights.
 
 A row of E weights is E bytes (sign and mantissa), then E / 2 bytes of codes: of 64 weights, byte j has the code of
 weight j in its lower half and that of weight j + 32 in its upper half.
@@ -156,8 +157,9 @@ def unpack(
     lib = native.library()
     if lib is not None:
         lib.hf_flash_unpack(
-            rows.data_ptr(), rows.stride(0), _pointer(slots), _pointer(ids), n, packing.n_elements, packing.base,
-            packing.start.data_ptr(), packing.escapes.data_ptr(), first, end, out.data_ptr(), out.stride(0),
+            rows.data_ptr(), rows.stride(0), native.pointer(slots), native.pointer(ids), n, packing.n_elements,
+            packing.base, packing.start.data_ptr(), packing.escapes.data_ptr(), first, end, out.data_ptr(),
+            out.stride(0),
         )  # fmt: skip
         return out
     chosen = rows if slots is None else rows[slots]
@@ -231,13 +233,9 @@ def sparse_ffn(
     begun = time.perf_counter()
     fired = lib.hf_flash_packed_ffn(
         x32.data_ptr(), x.shape[0], d_model, out.shape[1], rows.data_ptr(), rows.stride(0), slots.data_ptr(),
-        ids.data_ptr(), len(slots), _pointer(biases[0]), _pointer(biases[1]), int(gated), packing.base,
+        ids.data_ptr(), len(slots), native.pointer(biases[0]), native.pointer(biases[1]), int(gated), packing.base,
         packing.start.data_ptr(), packing.escapes.data_ptr(), native.CODES[x.dtype], act[0], act[1], out.data_ptr(),
     )  # fmt: skip
     if trace.active is not None:
         trace.active.add(trace.ARITHMETIC, begun, time.perf_counter(), neurons=len(slots), native=True)
     return out, int(fired)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
