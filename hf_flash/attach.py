@@ -31,7 +31,7 @@ from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.memory import return_large_blocks, trim_malloc
+from hf_flash.memory import return_large_blocks, shares, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.stats import FlashStats
@@ -320,7 +320,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     runtime.store = store = FlashStore(runtime.files, reader)
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
     work = WorkBuffers()
-    sketches = _Sketches(runtime.gates_file)
+    sketches, memory = _Sketches(runtime.gates_file), _cache_memory(runtime, store)
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
@@ -334,7 +334,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 gate = CertifiedGate(
                     sketches.load(layer.path, plan.gate_bits), config.delta, threshold, layer.layout.dtype
                 )
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, memory[name])
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
             if module is first:
@@ -352,6 +352,15 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
+def _cache_memory(runtime: FlashRuntime, store: FlashStore) -> dict[str, torch.Tensor]:
+    """Memory for the slots of every certified layer, side by side."""
+    sizes = {}
+    for path, n_slots in runtime.plan.slots.items():
+        layer = store.layers[runtime.stored_paths.get(path, path)]
+        sizes[path] = min(max(1, n_slots), layer.n_neurons) * layer.layout.row_bytes
+    return dict(zip(sizes, shares(list(sizes.values())), strict=True))
+
+
 def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:
     assert runtime.located is not None and runtime.store is not None
     entry = runtime.located.by_param[f"{path}.weight"]
@@ -360,7 +369,7 @@ def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: 
     if isinstance(module, FlashLinear):
         module.connect(stream, rows, DTYPES[entry.dtype])
     elif isinstance(module, PackedLinear):
-        module.connect(reader, rows, exact="all" in runtime.plan.gates.values())
+        module.connect(reader, rows)
     elif isinstance(module, FlashEmbedding):
         module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
 

@@ -46,15 +46,19 @@ class NeuronCache:
         n_slots: bundles that fit; with n_slots >= n_neurons everything read once stays.
         window: k, tokens whose neurons stay before any other.
         stats: where hits and reads are counted.
+        memory: [n_slots * row_bytes] uint8, page-aligned, to begin with; memory of its own without.
     """
 
-    def __init__(self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats) -> None:
+    def __init__(
+        self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats,
+        memory: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.n_slots = min(n_slots, layer.n_neurons)
         self._store, self.layer, self._stats = store, layer, stats
         self._window, self.n_used = window, 0
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
-        self.reset()
+        self._begin(memory)
 
     def reset(self) -> None:
         """Forget every neuron and take fresh memory.
@@ -62,9 +66,13 @@ class NeuronCache:
         For a pass that was stopped in the middle (Ctrl-C, a failed read): reads of it that nobody can wait for any
         more land in the old memory, which lives until they have, and no slot that was not filled is ever found.
         """
+        self._begin(None)
+
+    def _begin(self, memory: torch.Tensor | None) -> None:
         self._slot_of = np.full(self.layer.n_neurons, -1, dtype=np.int64)
         self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
-        self.rows = aligned_empty(self.n_slots * self.layer.layout.row_bytes).view(self.n_slots, -1)  # [n, row_bytes]
+        memory = aligned_empty(self.n_slots * self.layer.layout.row_bytes) if memory is None else memory
+        self.rows = memory.view(self.n_slots, -1)  # [n_slots, row_bytes]
         self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
         self.n_used = 0
         self.window = Window(self.n_slots, self._window)

@@ -105,6 +105,7 @@ class SweepEngine(Engine):
         self._step = stream.chunk_rows(self._unit)
         whole = pinned_rows >= layer.n_neurons
         self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
+        self._numbers = torch.arange(self._step)
         self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
@@ -134,6 +135,9 @@ class SweepEngine(Engine):
         return y
 
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        code = self._code(x, act)
+        if code is not None:
+            return self._few_tokens(x, code, biases)
         layout, n = self.layer.layout, self.layer.n_neurons
         column_major = x.dtype == torch.float16  # see ops.project
         shape = (layout.d_out, n) if column_major else (n, layout.d_out)
@@ -159,6 +163,31 @@ class SweepEngine(Engine):
         self._finish_pinning(pins)
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         return y
+
+    def _code(self, x: torch.Tensor, act: ops.Activation) -> tuple[int, float] | None:
+        """What the native kernel for packed rows wants to know, where it can do this pass."""
+        if self.layer.packing is None or not native.available() or x.numel() > native.MAX_TOKENS * x.shape[-1]:
+            return None
+        return native.any_activation_code(act, x.dtype)
+
+    def _few_tokens(self, x: torch.Tensor, code: tuple[int, float], biases: ops.Biases) -> torch.Tensor:
+        """Packed rows as they are, chunk by chunk, summed in float32."""
+        layout, flat = self.layer.layout, x.reshape(-1, x.shape[-1])
+        y = torch.zeros(flat.shape[0], layout.d_out, dtype=torch.float32, device="cpu")
+        packing = self.layer.packing
+        assert packing is not None
+        pins = self._start_pinning()
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._chunks(pins) as chunks:
+            for neurons, rows in chunks:
+                up, gate = biases.part(neurons)
+                slots = self._numbers[: rows.shape[0]]
+                some = packing.rows(neurons.start, neurons.stop)
+                y += sparse_ffn(flat, rows, slots, slots, some, layout.gated, code, gate, up)[0]
+        self._finish_pinning(pins)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        y = y if biases.down is None else y + biases.down
+        return y.to(x.dtype).view(*x.shape[:-1], layout.d_out)
 
     def _split(
         self, neurons: slice, rows: torch.Tensor, down: torch.Tensor

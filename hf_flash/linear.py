@@ -95,7 +95,7 @@ class FlashLinear(OnFlashLinear):
 class PackedLinear(OnFlashLinear):
     """A Linear whose weight stays in DRAM in 12 bits a weight (packing.py)."""
 
-    def connect(self, reader: Reader, rows: Extent2D, exact: bool) -> None:
+    def connect(self, reader: Reader, rows: Extent2D, exact: bool = False) -> None:
         """Read the weight and pack it.
 
         Args:

@@ -9,29 +9,50 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import torch
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-HUGE_BYTES = 8 << 20  # from here on memory is asked for in huge pages: rows lie anywhere in it
+HUGE_BYTES = 2 << 20
 
 
 def aligned_empty(n_bytes: int) -> torch.Tensor:
-    """Page-aligned anonymous memory that takes DRAM only as it is touched.
+    """Page-aligned anonymous memory that takes DRAM only as it is touched; in huge pages where it holds some.
+
+    A device gets a direct read as a list of contiguous pieces of memory, of which it takes a limited number: into pages
+    of 4 KiB a virtual disk here read 1.1 GB/s, into huge pages 2.8. Rows that lie anywhere cost fewer page walks, too.
 
     Args:
         n_bytes: size; 0 gives an empty tensor.
 
     Returns:
-        [n_bytes] uint8, zeros until written.
+        [n_bytes] uint8, zeros until written; starts at a huge page if it is as large as one.
     """
     if n_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if n_bytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    slack = HUGE_BYTES if n_bytes >= HUGE_BYTES else 0
+    memory = mmap.mmap(-1, n_bytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    if not slack:
+        return tensor
+    start = -tensor.data_ptr() % HUGE_BYTES
+    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a Python, without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, n_bytes // HUGE_BYTES * HUGE_BYTES)  # no page past the end
+    return tensor[start : start + n_bytes]
+
+
+def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
+    """One piece of `aligned_empty` memory in page-aligned parts: small ones share huge pages.
+
+    Returns:
+        A [size] uint8 tensor per size.
+    """
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+    whole = aligned_empty(starts[-1])
+    return [whole[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:

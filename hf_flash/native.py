@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.activations import ReLUSquaredActivation
+from transformers.activations import ReLUSquaredActivation, SiLUActivation
 from transformers.utils import logging
 
 from hf_flash import trace
@@ -128,6 +128,24 @@ def activation_code(
     if isinstance(act, torch.nn.ReLU6) or act is torch.nn.functional.relu6:
         return 3, 0.0
     return 0, 0.0
+
+
+def any_activation_code(
+    act: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype = torch.float32
+) -> tuple[int, float] | None:
+    """`activation_code`, with those that are never exactly zero: SiLU and GELU."""
+    if dtype not in CODES:
+        return None
+    inner = getattr(act, "act", None)  # transformers' GELUs have a variant that rounds after every step
+    if isinstance(act, torch.nn.SiLU | SiLUActivation) or act is torch.nn.functional.silu:
+        return 4, 0.0
+    if (isinstance(act, torch.nn.GELU) and act.approximate == "none") or inner is torch.nn.functional.gelu:
+        return 5, 0.0
+    if (isinstance(act, torch.nn.GELU) and act.approximate == "tanh") or (
+        isinstance(inner, functools.partial) and inner.func is torch.nn.functional.gelu
+    ):
+        return 6, 0.0
+    return activation_code(act, dtype)
 
 
 def sparse_ffn(

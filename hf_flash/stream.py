@@ -19,7 +19,7 @@ import torch
 
 from hf_flash import trace
 from hf_flash.layout import DATA_ALIGN, round_up
-from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.memory import aligned_empty, shares, view_bytes
 from hf_flash.readers import Read, Reader, Ticket
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
@@ -183,7 +183,8 @@ class Stream:
         buffer = self._free.pop()
         length = round_up(need, DATA_ALIGN)
         try:
-            ticket = self._reader.submit(_split_read(unit.file, aligned, view_bytes(buffer)[:length], need))
+            view = view_bytes(buffer)[:length]
+            ticket = self._reader.submit(_split_read(unit.file, aligned, view, need, self._reader.part_bytes))
         except BaseException:  # Ctrl-C too: what was started may still land in this buffer, so another takes its place
             self._free.append(aligned_empty(self._buffer_bytes))
             raise
@@ -193,7 +194,7 @@ class Stream:
 
     def _allocate(self) -> None:
         if not self._pending:  # nothing allocated yet, or everything is free
-            self._free = [aligned_empty(self._buffer_bytes) for _ in range(self._n_buffers)]
+            self._free = shares([self._buffer_bytes] * self._n_buffers)
 
     def _drop_pending(self) -> None:
         while self._pending:
@@ -213,7 +214,7 @@ class Stream:
         return self
 
 
-def _split_read(file: int, offset: int, view: memoryview, need: int, part: int = 1 << 20) -> list[Read]:
+def _split_read(file: int, offset: int, view: memoryview, need: int, part: int) -> list[Read]:
     """One extent as reads of at most `part` bytes, so that several threads share it."""
     reads = []
     for at in range(0, len(view), part):

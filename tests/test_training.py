@@ -64,7 +64,8 @@ def gradients(model: PreTrainedModel, checkpointing: bool, inputs: dict[str, tor
 def on_flash(model: PreTrainedModel) -> set[str]:
     """Names of the parameters whose place flash has taken, or 12 bits a weight have."""
     parts = {part.key for b in model._hf_flash.blocks for part in (b.gate, b.up, b.down) if part}
-    return parts | {f"{path}.weight" for path in (*plan_of(model).streamed, *plan_of(model).packed)}
+    tied = model._hf_flash.tied  # a head that is the embedding is a parameter under the embedding's name
+    return parts | {f"{tied.get(path, path)}.weight" for path in (*plan_of(model).streamed, *plan_of(model).packed)}
 
 
 def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@
 
 namespace {
 
-enum Act { RELU = 0, RELU_SQUARED = 1, FATRELU = 2, RELU6 = 3 };
+enum Act { RELU = 0, RELU_SQUARED = 1, FATRELU = 2, RELU6 = 3, SILU = 4, GELU = 5, GELU_TANH = 6 };
 
 struct Ffn {
   const float *x;           // [T, d], exact values of the model's dtype
@@ -23,6 +23,9 @@ INLINE float activate(float z, int act, float threshold) {
     case RELU_SQUARED: { float r = z <= 0 ? 0 : z; return r * r; }  // NaN stays NaN, as in torch
     case FATRELU: return z > threshold ? z : 0;                     // but not here
     case RELU6: { float r = z <= 0 ? 0 : z; return r >= 6 ? 6 : r; }
+    case SILU: return z / (1.0f + std::exp(-z));
+    case GELU: return 0.5f * z * (1.0f + std::erf(z * 0.70710678118654752f));
+    case GELU_TANH: return 0.5f * z * (1.0f + std::tanh(0.79788456080286536f * (z + 0.044715f * z * z * z)));
     default: return z <= 0 ? 0 : z;
   }
 }

@@ -102,7 +102,13 @@ def early_end(path: Path, offset: int, want: int, got: int) -> str:
 
 
 class Reader(ABC):
-    """Reads extents of files into memory that the caller owns. Safe from several threads."""
+    """Reads extents of files into memory that the caller owns. Safe from several threads.
+
+    Attributes:
+        part_bytes: what a long extent is best cut into.
+    """
+
+    part_bytes = 1 << 20
 
     @abstractmethod
     def open(self, path: Path) -> int:

@@ -34,6 +34,8 @@ class UringReader(ThreadReader):
         OSError: the kernel or a sandbox refuses io_uring, or the native extension is not built.
     """
 
+    part_bytes = 4 << 20  # the kernel cuts it up; one submission is enough
+
     def __init__(self, n_threads: int = 8, depth: int = DEPTH) -> None:
         lib = native.library()
         if lib is None:
