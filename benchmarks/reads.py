@@ -135,17 +135,27 @@ class Ours:
 
 
 def fio_run(path: Path, size: int, depth: int, seconds: float) -> dict[str, float]:
-    """fio on the same file; its own clock and its own CPU figures, so its start is not charged."""
+    """fio on the same file; its own clock and its own CPU figures, so its start is not charged.
+
+    Ours reads into transparent huge pages; fio can have huge pages too, where some are reserved (vm.nr_hugepages).
+    """
     command = [
         "fio", "--name=reads", f"--filename={path}", "--ioengine=io_uring", "--direct=1", f"--bs={size}",
         f"--rw={'read' if size >= common.MIB else 'randread'}", f"--iodepth={depth}", "--time_based",
         f"--runtime={max(1, round(seconds * 1000))}ms", "--norandommap", "--gtod_reduce=1", "--output-format=json",
+        *(["--iomem=mmaphuge"] if size * depth <= reserved_bytes() else []),
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     read, seconds = job["read"], job["job_runtime"] / 1000
     cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * seconds
     return {"bytes_per_s": read["bw_bytes"], "cpu_s_per_gb": cpu / read["io_bytes"] * 1e9}
+
+
+def reserved_bytes() -> int:
+    """Bytes of huge pages that are reserved and free."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(found["HugePages_Free"]) * int(found["Hugepagesize"].split()[0]) * 1024
 
 
 @contextlib.contextmanager
@@ -293,6 +303,9 @@ def main() -> None:
         read_once(path)
         ceiling = max(fio_run(path, common.MIB, 32, args.seconds)["bytes_per_s"] for _ in range(2)) if other == "fio" \
             else common.disk_bytes_per_s(work)  # fmt: skip
+        print(
+            f"huge pages that fio can have: {reserved_bytes() >> 20} MiB (64 reads of 1 MiB want 64; vm.nr_hugepages)"
+        )
         print(f"ceiling: {other}, sequential 1 MiB: {common.mb(ceiling)} MB/s")
         rows = compare(args, path, other)
         print_reads(rows, other)

@@ -118,7 +118,7 @@ struct Ring {
 
   // Completions worth sleeping for. One would wake us for every read; more than a few of a deep queue and it runs dry.
   unsigned patience(const Batch *b) const {
-    const unsigned few = in_flight / 16;
+    const unsigned few = in_flight / 8;
     return few < 1 ? 1 : b->left < static_cast<int64_t>(few) ? static_cast<unsigned>(b->left) : few;
   }
 
