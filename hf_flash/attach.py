@@ -23,7 +23,7 @@ from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_p
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
-from hf_flash.engine import SparseEngine, SweepEngine, WorkBuffers
+from hf_flash.engine import WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
@@ -34,9 +34,11 @@ from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEm
 from hf_flash.memory import return_large_blocks, shares, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
+from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, Extent2D, FlashStore, layers_of, layout_of, read_checked
 from hf_flash.stream import Stream
+from hf_flash.sweep import SweepEngine
 
 logger = logging.get_logger(__name__)
 

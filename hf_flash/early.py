@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_flash.engine import EARLY_TOKENS, SparseEngine
 from hf_flash.ffn import FlashFFN
+from hf_flash.sparse import EARLY_TOKENS, SparseEngine
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import hf_flash
 from hf_flash import early, native
 from hf_flash.early import AGAIN_TOKENS, TRIED_TOKENS, WARM_TOKENS, Trial
-from hf_flash.engine import SparseEngine
 from hf_flash.ffn import FlashFFN
+from hf_flash.sparse import SparseEngine
 
 
 def run(trial: Trial, n_tokens: int, clock: float, off_s: float, on_s: float) -> float:

@@ -14,15 +14,17 @@ from transformers.activations import ReLUSquaredActivation
 
 from hf_flash import native, ops
 from hf_flash.cache import NeuronCache
-from hf_flash.engine import Engine, SparseEngine, SweepEngine, WorkBuffers
+from hf_flash.engine import Engine, WorkBuffers
 from hf_flash.errors import ReadError
 from hf_flash.families import FATReLU, zero_below
 from hf_flash.gates import CertifiedGate, Sketch
 from hf_flash.layout import BundleLayout
 from hf_flash.ops import Biases
+from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.stream import Stream
+from hf_flash.sweep import SweepEngine
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 UNIT = {F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8, F64: 2.0**-53}

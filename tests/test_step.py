@@ -13,13 +13,14 @@ from torch import nn
 
 from hf_flash import native
 from hf_flash.cache import NeuronCache
-from hf_flash.engine import SparseEngine, WorkBuffers
+from hf_flash.engine import WorkBuffers
 from hf_flash.errors import ReadError
 from hf_flash.families import FATReLU, zero_below
 from hf_flash.gates import CertifiedGate, Sketch
 from hf_flash.layout import BundleLayout
 from hf_flash.ops import Biases
 from hf_flash.readers import UringReader, open_reader
+from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.step import NativeStep
 from hf_flash.store import FlashStore

@@ -1,0 +1,230 @@
+"""Gate `certified`: the few neurons that a gate names, from the cache, the missing ones from flash."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+
+from hf_flash import native, ops, trace
+from hf_flash.cache import NeuronCache
+from hf_flash.engine import Engine, Piece, WorkBuffers
+from hf_flash.gates import CertifiedGate
+from hf_flash.packing import sparse_ffn
+from hf_flash.plan import IntArray
+from hf_flash.readers import Ticket
+from hf_flash.stats import FlashStats
+from hf_flash.step import NativeStep
+from hf_flash.store import FlashLayer, FlashStore
+
+EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
+
+
+class SparseEngine(Engine):
+    """Gate `certified`: the neurons that cannot be proved silent, from the cache, the missing ones from flash.
+
+    Args:
+        store, layer: where bundles come from.
+        gate: which neurons are wanted.
+        cache: slots in DRAM.
+        batch_rows: rows computed on at a time (bounds the scratch memory).
+        work: scratch shared by all layers, used under `work.lock`.
+    """
+
+    def __init__(
+        self, store: FlashStore, layer: FlashLayer, gate: CertifiedGate, cache: NeuronCache,
+        batch_rows: int, work: WorkBuffers, stats: FlashStats,
+    ) -> None:  # fmt: skip
+        self.layer, self.gate, self.cache = layer, gate, cache
+        self._store, self._work, self._stats = store, work, stats
+        self._batch_rows = batch_rows
+        self._step = NativeStep(store, layer, gate, cache, stats) if NativeStep.can(store, layer) else None
+
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
+        if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
+            found = self._native_step(self._step, flat, act, biases)
+            if found is not None:
+                return found.view(*x.shape[:-1], found.shape[-1])
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        neurons, recent = self._wanted(flat, biases)
+        t1 = time.perf_counter()
+        if trace.active is not None:
+            trace.active.add(trace.GATE, t0, t1, self.layer.path, wanted=len(neurons))
+        few = native.available() and flat.shape[0] <= native.MAX_TOKENS
+        code = native.activation_code(act, flat.dtype) if few else None
+        if code is not None and self.cache.fits(neurons):
+            y, n_fired = self._few_tokens(flat, code, biases, neurons)
+        else:
+            y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
+        busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
+        self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _native_step(
+        self, step: NativeStep, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases
+    ) -> torch.Tensor | None:
+        with self.cache.lock:
+            try:
+                return step.run(flat, act, biases)
+            except BaseException:  # Ctrl-C too: no slot is trusted again, and none is given away while it is read into
+                step.settle()
+                self.cache.reset()
+                raise
+
+    @property
+    def steps(self) -> bool:
+        """Whether a few tokens take one native call."""
+        return self._step is not None
+
+    def early(self, x: torch.Tensor, biases: ops.Biases) -> None:
+        """Start reading what the layer will likely want, from a guess of its input [..., d_model]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if self._step is None or not 0 < flat.shape[0] <= EARLY_TOKENS:
+            return
+        with self.cache.lock:
+            try:
+                self._step.early(flat, biases)
+            except BaseException:
+                self._step.settle()
+                self.cache.reset()
+                raise
+
+    def _few_tokens(
+        self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray
+    ) -> tuple[torch.Tensor, int]:
+        """The native kernel on the slots themselves: no row is copied."""
+        layout = self.layer.layout
+        with self._guard(flat.shape[0]):
+            lookup = self.cache.fetch(neurons)
+            self._wait(lookup.ticket)
+            ids, slots = torch.from_numpy(neurons), torch.from_numpy(lookup.slots)
+            up, gate = biases.part(ids)
+            if self.layer.packing is not None:
+                packing = self.layer.packing
+                y, n_fired = sparse_ffn(flat, self.cache.rows, slots, ids, packing, layout.gated, code, gate, up)
+            else:
+                y, n_fired = native.sparse_ffn(
+                    flat, self.cache.rows, slots, layout.d_model, layout.d_out, layout.gated, layout.dtype, code,
+                    gate, up,
+                )  # fmt: skip
+        return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
+
+    def _many_tokens(
+        self, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases, neurons: IntArray, recent: IntArray
+    ) -> tuple[torch.Tensor, int]:
+        """Matrix products on gathered rows, batch by batch."""
+        y: torch.Tensor | None = None
+        wide = torch.promote_types(flat.dtype, torch.float32)  # what parts are summed in
+        fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
+        alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
+        with self._batches(neurons, recent, flat.shape[0]) as batches:
+            for index, gate, up, down in batches:
+                t1 = time.perf_counter()
+                h = ops.hidden(flat, up, act, gate, *biases.part(index))
+                fired[index] = (h != 0).any(0)
+                if alone:  # one product, rounded once, as in the dense block
+                    y = ops.project(h, down, biases.down)
+                else:
+                    part = ops.project(h.to(wide), down)
+                    y = part if y is None else y.add_(part)
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        if y is None or not alone:
+            y = torch.zeros(flat.shape[0], self.layer.layout.d_out, dtype=wide) if y is None else y
+            y = (y if biases.down is None else y + biases.down).to(flat.dtype)
+        return y, int(fired.sum())
+
+    def _wanted(self, flat: torch.Tensor, biases: ops.Biases) -> tuple[IntArray, IntArray]:
+        """Neurons that any token wants, and (where they do not all fit) those that the last one does; both sorted."""
+        bias = biases.gate if self.layer.layout.gated else biases.up
+        neurons, recent = self.gate.decide(flat, bias)
+        return neurons, neurons if self.cache.fits(neurons) else recent.nonzero()[:, 0].numpy()
+
+    def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
+        flat = x.reshape(-1, x.shape[-1])
+        return self._batches(*self._wanted(flat, biases), flat.shape[0])
+
+    @contextlib.contextmanager
+    def _batches(self, neurons: IntArray, recent: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+        with self._guard(n_tokens):
+            if self.cache.fits(neurons):
+                lookup = self.cache.fetch(neurons)
+                self._wait(lookup.ticket)
+                yield self._from_slots(neurons, lookup.slots)
+            else:
+                with contextlib.closing(self._sweep(neurons, recent)) as batches:
+                    yield batches
+
+    @contextlib.contextmanager
+    def _guard(self, n_tokens: int) -> Iterator[None]:
+        """The cache and the scratch are this thread's; if the pass is stopped, neither is trusted again."""
+        with self._work.lock, self.cache.lock:
+            try:
+                if self._step is not None:
+                    self._step.land()
+                self.cache.window.tick(n_tokens)
+                yield
+            except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
+                if self._step is not None:
+                    self._step.settle()
+                self.cache.reset()
+                self._work.forget()
+                raise
+
+    def _wait(self, ticket: Ticket | None) -> None:
+        if ticket is not None:
+            t0 = time.perf_counter()
+            ticket.wait()
+            self._stats.add(wait_s=time.perf_counter() - t0)
+            if trace.active is not None:
+                trace.active.add(trace.WAIT, t0, time.perf_counter(), self.layer.path)
+
+    def _from_slots(self, neurons: IntArray, slots: IntArray) -> Iterator[Piece]:
+        for i in range(0, len(neurons), self._batch_rows):
+            index = torch.from_numpy(slots[i : i + self._batch_rows])
+            rows = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
+            torch.index_select(self.cache.rows, 0, index, out=rows)
+            yield self._piece(neurons[i : i + self._batch_rows], rows)
+
+    def _piece(self, neurons: IntArray, rows: torch.Tensor) -> Piece:
+        return (torch.from_numpy(neurons), *self.layer.split(rows, neurons, self._whole_rows))
+
+    def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
+        return self._work.get("unpacked", (n, row_bytes), torch.uint8)
+
+    def _sweep(self, neurons: IntArray, recent: IntArray) -> Generator[Piece]:
+        """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile."""
+        slots = self.cache.cached(neurons)
+        here = slots >= 0
+        self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))
+        self.cache.window.use(slots[here])
+        missing = neurons[~here]
+        batches = [missing[i : i + self._batch_rows] for i in range(0, len(missing), self._batch_rows)]
+        ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []
+        try:
+            ahead += [self._read_batch(batch, i) for i, batch in enumerate(batches[:1])]
+            yield from self._from_slots(neurons[here], slots[here])
+            for i, batch in enumerate(batches):
+                if i + 1 < len(batches):
+                    ahead.append(self._read_batch(batches[i + 1], i + 1))
+                _, rows, ticket = ahead[0]
+                self._wait(ticket)
+                keep = np.isin(batch, recent, assume_unique=True)
+                self.cache.keep(batch[keep], rows[torch.from_numpy(keep)])
+                yield self._piece(batch, rows)
+                ahead.pop(0)
+        finally:
+            for _, _, ticket in ahead:
+                ticket.settle()
+
+    def _read_batch(self, batch: IntArray, number: int) -> tuple[IntArray, torch.Tensor, Ticket]:
+        rows = self._work.get(f"sweep{number % 2}", (len(batch), self.layer.layout.row_bytes), torch.uint8)
+        ticket, n_bytes, n_reads = self._store.submit_rows(
+            self.layer, batch, rows, np.arange(len(batch)), self.cache.max_gap_rows
+        )
+        self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
+        return batch, rows, ticket

@@ -1,0 +1,221 @@
+"""Gate `all`: every neuron of a layer, from pinned rows and from the stream."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from hf_flash import native, ops, trace
+from hf_flash.engine import Engine, Piece, WorkBuffers
+from hf_flash.memory import aligned_empty
+from hf_flash.packing import sparse_ffn
+from hf_flash.stats import FlashStats
+from hf_flash.store import FlashLayer
+from hf_flash.stream import Stream
+
+TRANSPOSE_ROWS = 128  # rows transposed at a time: stays in the CPU cache
+
+
+class SweepEngine(Engine):
+    """Gate `all`: every neuron of the layer, from pinned rows and from the stream.
+
+    Up and gate products are computed on the rows as they arrive; down rows are gathered so that the one product over
+    all neurons is the same operation on the same numbers as in the stock block.
+
+    Args:
+        layer: where the bundles are.
+        stream: what streams them.
+        pinned_rows: neurons from the first on that stay in DRAM once read; all of them makes the layer resident.
+        max_tokens: tokens computed in one sweep at most (bounds the hidden activations).
+        unpacked: whether a resident layer is kept as the stock matrices although its rows are packed.
+    """
+
+    def __init__(
+        self, layer: FlashLayer, stream: Stream, work: WorkBuffers, stats: FlashStats, pinned_rows: int,
+        max_tokens: int, unpacked: bool = True,
+    ) -> None:  # fmt: skip
+        self.layer, self._stream, self._work, self._stats = layer, stream, work, stats
+        self._unit = stream.add(layer.rows)
+        self._step = stream.chunk_rows(self._unit)
+        whole = pinned_rows >= layer.n_neurons
+        self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
+        self._numbers = torch.arange(max(self._step, self._pin))
+        self._to_dense = whole and (unpacked or layer.packing is None)
+        stream.announce_pin(self._unit, self._pin)
+        self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
+        self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
+        self._max_tokens = max_tokens
+
+    def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        n_tokens = x.numel() // x.shape[-1]
+        self._stats.add(neurons_wanted=self.layer.n_neurons)
+        if n_tokens > self._max_tokens:
+            flat = x.reshape(-1, x.shape[-1])
+            parts = [self._forward(part, act, biases) for part in flat.split(self._max_tokens)]
+            return torch.cat(parts).view(*x.shape[:-1], -1)
+        return self._forward(x, act, biases)
+
+    def _forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        if self._dense is None:
+            with self._stream.lock:
+                if self._dense is None:  # another thread may have pinned the layer meanwhile
+                    return self._sweep(x, act, biases)
+        t0 = time.perf_counter()
+        gate, up, down = self._dense
+        y = ops.dense_ffn(x, up, down, act, gate, biases.up, biases.gate, biases.down)
+        self._stats.add(compute_s=time.perf_counter() - t0, neurons_hit=self.layer.n_neurons)
+        if trace.active is not None:
+            trace.active.add(trace.ARITHMETIC, t0, time.perf_counter(), self.layer.path)
+        return y
+
+    def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        code = self._code(x, act)
+        if code is not None:
+            return self._few_tokens(x, code, biases)
+        layout, n = self.layer.layout, self.layer.n_neurons
+        column_major = x.dtype == torch.float16  # see ops.project
+        shape = (layout.d_out, n) if column_major else (n, layout.d_out)
+        down = self._work.get("down", shape, x.dtype)
+        h = x.new_empty(*x.shape[:-1], n)
+        pins = self._start_pinning()
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._chunks(pins) as chunks:
+            for neurons, rows in chunks:
+                t1 = time.perf_counter()
+                to = down[:, neurons].t() if column_major else down[neurons]
+                gate, up = self._split(neurons, rows, to)
+                h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        t1 = time.perf_counter()
+        if column_major:
+            y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
+        else:
+            y = ops.project(h, down, biases.down)
+        if trace.active is not None:
+            trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        self._finish_pinning(pins)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        return y
+
+    def _code(self, x: torch.Tensor, act: ops.Activation) -> tuple[int, float] | None:
+        """What the native kernel for packed rows wants to know, where it can do this pass."""
+        if self.layer.packing is None or not native.available() or x.numel() > native.MAX_TOKENS * x.shape[-1]:
+            return None
+        return native.any_activation_code(act, x.dtype)
+
+    def _few_tokens(self, x: torch.Tensor, code: tuple[int, float], biases: ops.Biases) -> torch.Tensor:
+        """Packed rows as they are, chunk by chunk, summed in float32."""
+        layout, flat = self.layer.layout, x.reshape(-1, x.shape[-1])
+        y = torch.zeros(flat.shape[0], layout.d_out, dtype=torch.float32, device="cpu")
+        packing = self.layer.packing
+        assert packing is not None
+        pins = self._start_pinning()
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._chunks(pins, whole=True) as chunks:
+            for neurons, rows in chunks:
+                up, gate = biases.part(neurons)
+                slots = self._numbers[: rows.shape[0]]
+                some = packing.rows(neurons.start, neurons.stop)
+                y += sparse_ffn(flat, rows, slots, slots, some, layout.gated, code, gate, up)[0]
+        self._finish_pinning(pins)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        y = y if biases.down is None else y + biases.down
+        return y.to(x.dtype).view(*x.shape[:-1], layout.d_out)
+
+    def _split(
+        self, neurons: slice, rows: torch.Tensor, down: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gate and up rows in whole weights; the down columns go to `down` [n, d_out]."""
+        layout = self.layer.layout
+        if self.layer.packing is None:
+            gate, up, down_rows = layout.split(rows)
+            down.copy_(down_rows)
+            return gate, up
+        first, (_, end), rest = layout.parts
+        front = self._work.get("unpacked", (rows.shape[0], end), layout.dtype)
+        self.layer.unpack(rows, neurons, front, (0, end))
+        if down.dtype == layout.dtype and down.stride(1) == 1:
+            self.layer.unpack(rows, neurons, down, rest)
+        else:
+            down.copy_(self.layer.unpack(rows, neurons, torch.empty(down.shape, dtype=layout.dtype), rest))
+        return None if first is None else front[:, : layout.d_model], front[:, end - layout.d_model :]
+
+    @contextlib.contextmanager
+    def pieces(self, x: torch.Tensor, biases: ops.Biases) -> Iterator[Iterator[Piece]]:
+        with self._stream.lock:
+            if self._dense is not None:
+                gate, up, down = self._dense
+                yield iter([(slice(0, self.layer.n_neurons), gate, up, down.t())])
+                return
+            with self._chunks(None) as chunks:
+                yield ((neurons, *self.layer.split(rows, neurons, self._whole_rows)) for neurons, rows in chunks)
+
+    def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
+        return self._work.get("unpacked", (n, row_bytes), torch.uint8)
+
+    @contextlib.contextmanager
+    def _chunks(
+        self, pins: tuple[torch.Tensor, ...] | None, whole: bool = False
+    ) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
+        """The layer's rows as they lie on flash, a chunk (or all that are in DRAM) at a time, valid until the next."""
+        with self._stream.unit(self._unit) as chunks:
+            yield self._pinned_and_read(chunks, pins, self._pin if whole else self._step)
+
+    def _pinned_and_read(
+        self, chunks: Iterator[tuple[int, int, torch.Tensor]], pins: tuple[torch.Tensor, ...] | None, step: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        if self._pinned is not None:
+            self._stats.add(neurons_hit=self._pin)
+            for start in range(0, self._pin, step):
+                stop = min(start + step, self._pin)
+                yield slice(start, stop), self._pinned[start:stop]
+        for start, stop, rows in chunks:
+            if self._pinned is not None and start < self._pin:  # Ctrl-C came before the stream knew
+                continue
+            self._stats.add(neurons_read=stop - start)
+            if pins is not None:
+                self._pin_chunk(pins, start, stop, rows)
+            yield slice(start, stop), rows
+
+    def _start_pinning(self) -> tuple[torch.Tensor, ...] | None:
+        """Memory for what this sweep is to leave in DRAM, or None where that is done."""
+        layout = self.layer.layout
+        if self._pin == 0 or self._pinned is not None:
+            return None
+        if not self._to_dense:
+            return (aligned_empty(self._pin * layout.row_bytes).view(self._pin, layout.row_bytes),)
+        n, size = self._pin, layout.dtype.itemsize
+        up = aligned_empty(n * layout.d_model * size).view(layout.dtype).view(n, layout.d_model)
+        down = aligned_empty(n * layout.d_out * size).view(layout.dtype).view(layout.d_out, n)
+        gate = torch.empty_like(up) if layout.gated else up
+        return gate, up, down
+
+    def _pin_chunk(self, pins: tuple[torch.Tensor, ...], start: int, stop: int, rows: torch.Tensor) -> None:
+        if len(pins) == 1:
+            if start < self._pin:
+                pins[0][start:stop] = rows
+            return
+        gate_rows, up_rows, down_rows = self.layer.split(rows, slice(start, stop), self._whole_rows)
+        gate, up, down = pins
+        up[start:stop] = up_rows
+        if gate_rows is not None:
+            gate[start:stop] = gate_rows
+        for i in range(0, stop - start, TRANSPOSE_ROWS):
+            down[:, start + i : min(stop, start + i + TRANSPOSE_ROWS)] = down_rows[i : i + TRANSPOSE_ROWS].t()
+
+    def _finish_pinning(self, pins: tuple[torch.Tensor, ...] | None) -> None:
+        if pins is None:
+            return
+        if len(pins) == 1:
+            self._pinned = pins[0]
+        else:
+            gate, up, down = pins
+            self._dense = (gate if self.layer.layout.gated else None, up, down)
+        held = sum(t.numel() * t.element_size() for t in {id(p): p for p in pins}.values())
+        self._stats.add(cache_bytes=held)
+        self._stream.pin_first(self._unit, self._pin)
