@@ -153,7 +153,13 @@ class Session:
             interrupted = True
         prompt, decode = meter.phases(inputs["input_ids"].shape[1])
         return Generation(
-            "".join(meter.pieces), meter.tokens, prompt, decode, interrupted, _status_bytes("VmHWM"), self._base
+            "".join(meter.pieces),
+            meter.tokens,
+            prompt,
+            decode,
+            interrupted,
+            max(_status_bytes("VmHWM"), self._base),
+            self._base,
         )
 
 

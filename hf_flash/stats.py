@@ -22,8 +22,8 @@ class FlashStats:
         n_reads: read requests issued.
         neurons_wanted: neurons the gates asked for, summed over layers and forwards.
         neurons_hit: of those, how many were in DRAM already.
-        neurons_read: how many were read from flash, wrong guesses of the early gate among them.
-        neurons_early: of those wanted, how many the early gate had guessed, so that they were there or on their way.
+        neurons_read: of those, how many were read from flash.
+        neurons_early: of those read, how many the early gate had guessed; its wrong guesses are in bytes_read alone.
         neurons_fired: of those wanted, how many had an activation other than zero (gate `certified`).
         gate_s: seconds in gates.
         wait_s: seconds spent waiting for flash.
