@@ -214,8 +214,9 @@ class NativeStep:
         s = self._s
         self._stats.add(
             neurons_wanted=s.n_wanted, neurons_hit=s.n_wanted - s.n_read - s.n_early_right,
-            neurons_read=s.n_read + s.n_early_right, neurons_early=s.n_early_right, bytes_read=s.n_bytes + s.early_bytes,
-            n_reads=s.n_reads + s.n_early, neurons_fired=s.n_fired, gate_s=s.gate_s, wait_s=s.wait_s, compute_s=s.ffn_s,
+            neurons_read=s.n_read + s.n_early_right, neurons_early=s.n_early_right,
+            bytes_read=s.n_bytes + s.early_bytes, n_reads=s.n_reads + s.n_early, neurons_fired=s.n_fired,
+            gate_s=s.gate_s, wait_s=s.wait_s, compute_s=s.ffn_s,
         )  # fmt: skip
         s.n_early = s.early_bytes = 0
         if trace.active is None or not begun:
