@@ -330,7 +330,9 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             layer = store.layers[runtime.stored_paths.get(name, name)]
             if plan.gates[name] == "all":
                 rows = plan.pinned_rows[name]
-                module.engine = SweepEngine(layer, stream, work, stats, rows, plan.max_tokens, plan.unpacked)
+                module.engine = SweepEngine(
+                    layer, stream, work, stats, rows, plan.max_tokens, plan.unpacked, config.exact
+                )
             else:
                 threshold = zero_below(module.own_activation) or 0.0
                 gate = CertifiedGate(
@@ -371,7 +373,7 @@ def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: 
     if isinstance(module, FlashLinear):
         module.connect(stream, rows, DTYPES[entry.dtype])
     elif isinstance(module, PackedLinear):
-        module.connect(reader, rows)
+        module.connect(reader, rows, runtime.config.exact and "all" in runtime.plan.gates.values())
     elif isinstance(module, FlashEmbedding):
         module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
 

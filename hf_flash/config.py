@@ -23,7 +23,9 @@ NOTICE = (
     "The FFN weights of this model are in flash-*.safetensors. `pip install hf_flash` and `import hf_flash` before "
     "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
 )
-LOADING_ATTRIBUTES = ("memory", "gate", "delta", "context", "batch_size", "window", "n_threads", "cache_dir")
+LOADING_ATTRIBUTES = (
+    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "n_threads", "cache_dir",
+)  # fmt: skip
 
 
 class FlashConfig(QuantizationConfigMixin):
@@ -43,6 +45,9 @@ class FlashConfig(QuantizationConfigMixin):
         context (`int`, *optional*): tokens per sequence for which KV cache and activations are planned (default: 1024,
             or what the model allows if that is less).
         batch_size (`int`, defaults to 1): sequences for which they are planned.
+        exact (`bool`, defaults to `True`): gate `all` computes in the stock model's own order of operations, to the
+            bit. `False` sums packed rows as they lie, in float32: as precise and up to twice as fast, but near ties
+            between tokens may fall the other way.
         window (`int`, defaults to 5): tokens whose neurons stay in the cache before any other.
         n_threads (`int`, defaults to 8): reads in flight.
         cache_dir (`str`, *optional*): where stock checkpoints are repacked to. Default: `HF_FLASH_CACHE`, else
@@ -60,6 +65,7 @@ class FlashConfig(QuantizationConfigMixin):
         gate_bits: int = 8,
         context: int | None = None,
         batch_size: int = 1,
+        exact: bool = True,
         window: int = 5,
         n_threads: int = 8,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -69,7 +75,7 @@ class FlashConfig(QuantizationConfigMixin):
         self.memory = None if memory is None else parse_size(memory)
         self.gate, self.delta, self.gate_bits = gate, delta, gate_bits
         self.context, self.batch_size = context, batch_size
-        self.window, self.n_threads = window, n_threads
+        self.exact, self.window, self.n_threads = exact, window, n_threads
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         kwargs.pop("quant_method", None)
         self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
@@ -85,6 +91,8 @@ class FlashConfig(QuantizationConfigMixin):
         for name in ("batch_size", "n_threads", "window"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, 1 or more.")
+        if not isinstance(self.exact, bool):
+            raise FlashConfigError(f"exact={self.exact!r} must be True or False.")
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
 

@@ -32,17 +32,19 @@ class SweepEngine(Engine):
         pinned_rows: neurons from the first on that stay in DRAM once read; all of them makes the layer resident.
         max_tokens: tokens computed in one sweep at most (bounds the hidden activations).
         unpacked: whether a resident layer is kept as the stock matrices although its rows are packed.
+        exact: compute as the stock block does, to the bit; else a few tokens' sums over packed rows are float32.
     """
 
     def __init__(
         self, layer: FlashLayer, stream: Stream, work: WorkBuffers, stats: FlashStats, pinned_rows: int,
-        max_tokens: int, unpacked: bool = True,
+        max_tokens: int, unpacked: bool = True, exact: bool = True,
     ) -> None:  # fmt: skip
         self.layer, self._stream, self._work, self._stats = layer, stream, work, stats
         self._unit = stream.add(layer.rows)
         self._step = stream.chunk_rows(self._unit)
         whole = pinned_rows >= layer.n_neurons
         self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
+        self._exact = exact
         self._numbers = torch.arange(max(self._step, self._pin))
         self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
@@ -104,7 +106,12 @@ class SweepEngine(Engine):
 
     def _code(self, x: torch.Tensor, act: ops.Activation) -> tuple[int, float] | None:
         """What the native kernel for packed rows wants to know, where it can do this pass."""
-        if self.layer.packing is None or not native.available() or x.numel() > native.MAX_TOKENS * x.shape[-1]:
+        if (
+            self._exact
+            or self.layer.packing is None
+            or not native.available()
+            or x.numel() > native.MAX_TOKENS * x.shape[-1]
+        ):
             return None
         return native.any_activation_code(act, x.dtype)
 
