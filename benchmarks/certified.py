@@ -54,18 +54,29 @@ def watch_dense(model: Any, modules: dict[str, Any]) -> tuple[dict[str, list], d
 
 
 def watch_flash(modules: dict[str, Any]) -> dict[str, list]:
-    """Keep what each gate answers while the model on flash runs."""
+    """Keep what each gate answers while the model on flash runs, token by token."""
+    import torch
+
     wanted: dict[str, list] = {path: [] for path in modules}
     for path, module in modules.items():
-        gate = module.engine.gate
-        ask = gate.decide
+        gate, engine = module.engine.gate, module.engine
+        ask, run = gate.decide, engine.forward
 
         def recording(x: Any, bias: Any = None, *, ask: Any = ask, path: str = path) -> Any:
             answer = ask(x, bias)
             wanted[path].append(answer[1].unsqueeze(0))  # of the last token, which is the only one
             return answer
 
-        gate.decide = recording
+        def running(*args: Any, run: Any = run, engine: Any = engine, path: str = path) -> Any:
+            before = len(wanted[path])
+            out = run(*args)
+            if len(wanted[path]) == before:  # one native call, which asks its own scan
+                mask = torch.zeros(1, engine.layer.n_neurons, dtype=torch.bool)
+                mask[0, torch.from_numpy(engine.last_wanted)] = True
+                wanted[path].append(mask)
+            return out
+
+        gate.decide, engine.forward = recording, running
     return wanted
 
 

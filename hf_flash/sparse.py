@@ -80,6 +80,12 @@ class SparseEngine(Engine):
         """Whether a few tokens take one native call."""
         return self._step is not None
 
+    @property
+    def last_wanted(self) -> IntArray:
+        """Neurons that the last native step wanted, sorted."""
+        assert self._step is not None
+        return self._step.wanted
+
     def early(self, x: torch.Tensor, biases: ops.Biases) -> None:
         """Start reading what the layer will likely want, from a guess of its input [..., d_model]."""
         flat = x.reshape(-1, x.shape[-1])

@@ -18,7 +18,7 @@ from hf_flash.gates import CertifiedGate
 from hf_flash.gates.certified import INPUTS, UNIT
 from hf_flash.memory import view_bytes
 from hf_flash.ops import Activation, Biases
-from hf_flash.plan import MAX_EXTENT_ROWS
+from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
@@ -141,6 +141,11 @@ class NativeStep:
             raise self._failure()
         self._count(begun)
         return y
+
+    @property
+    def wanted(self) -> IntArray:
+        """Neurons that the last step wanted, sorted; a copy."""
+        return self._scratch[0][: self._s.n_wanted].copy()
 
     def early(self, x: torch.Tensor, biases: Biases) -> None:
         """Start reading what the layer will likely want.
