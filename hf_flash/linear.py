@@ -186,8 +186,8 @@ class _LinearFunction(torch.autograd.Function):
         return out.to(grad.dtype), None, summed
 
 
-class FlashEmbedding(_OnFlash):
-    """An Embedding whose rows are read from flash as tokens ask for them.
+class OnFlashEmbedding(_OnFlash):
+    """An Embedding whose rows are fetched as tokens ask for them.
 
     Args:
         stock: the module that it replaces.
@@ -200,11 +200,10 @@ class FlashEmbedding(_OnFlash):
         self.weight = _no_weight(stock.weight.dtype)
         scale = getattr(stock, "embed_scale", None)  # some families subclass nn.Embedding to scale its output
         assert scale is None and type(stock) is nn.Embedding
-        self._reader: Reader | None = None
 
-    def connect(self, reader: Reader, rows: Extent2D, dtype: torch.dtype, stats: FlashStats) -> None:
-        """Say where the weight lies: rows is [num_embeddings, embedding_dim * itemsize]."""
-        self._reader, self._rows, self._dtype, self._stats = reader, rows, dtype, stats
+    def fetch(self, ids: torch.Tensor) -> torch.Tensor:
+        """[n] int64, sorted and unique -> their rows, [n, embedding_dim], in the stored dtype."""
+        raise NotImplementedError
 
     @torch.compiler.disable
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -213,8 +212,21 @@ class FlashEmbedding(_OnFlash):
         Raises:
             IndexError: an id is out of range, as nn.Embedding does.
         """
-        assert self._reader is not None
-        ids, inverse = _checked(input, self.num_embeddings)
+        ids, inverse = input.reshape(-1).to(torch.int64).unique(return_inverse=True)
+        if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self.num_embeddings:
+            raise IndexError(f"token ids {int(ids[0])}..{int(ids[-1])} are not all below {self.num_embeddings}")
+        rows = self.fetch(ids)[inverse].to(self.weight.dtype)
+        return rows.view(*input.shape, self.embedding_dim)
+
+
+class FlashEmbedding(OnFlashEmbedding):
+    """An Embedding whose rows are read from flash."""
+
+    def connect(self, reader: Reader, rows: Extent2D, dtype: torch.dtype, stats: FlashStats) -> None:
+        """Say where the weight lies: rows is [num_embeddings, embedding_dim * itemsize]."""
+        self._reader, self._rows, self._dtype, self._stats = reader, rows, dtype, stats
+
+    def fetch(self, ids: torch.Tensor) -> torch.Tensor:
         size = self._rows.row_bytes
         out = torch.empty(len(ids), size, dtype=torch.uint8)
         view = view_bytes(out.view(-1))
@@ -225,51 +237,24 @@ class FlashEmbedding(_OnFlash):
             ]
         )
         self._stats.add(bytes_read=len(ids) * size, n_reads=len(ids))
-        rows = out.view(self._dtype)[inverse].to(self.weight.dtype)
-        return rows.view(*input.shape, self.embedding_dim)
+        return out.view(self._dtype)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, on flash"
 
 
-class PackedEmbedding(_OnFlash):
-    """An Embedding that is a head as well, and stays in DRAM in 12 bits a weight.
-
-    Args:
-        stock: the module that it replaces.
-    """
-
-    def __init__(self, stock: nn.Embedding) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim = stock.num_embeddings, stock.embedding_dim
-        self.padding_idx = stock.padding_idx
-        self.weight = _no_weight(stock.weight.dtype)
+class PackedEmbedding(OnFlashEmbedding):
+    """An Embedding that is a head as well, and stays in DRAM in 12 bits a weight."""
 
     def connect(self, head: PackedLinear) -> None:
         """Say which head has the weight."""
         self.rows, self.packing = head.rows, head.packing
 
-    @torch.compiler.disable
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[...] token ids -> [..., embedding_dim], as nn.Embedding.
-
-        Raises:
-            IndexError: an id is out of range, as nn.Embedding does.
-        """
-        ids, inverse = _checked(input, self.num_embeddings)
-        rows = unpack(self.rows, self.packing, ids, ids)[inverse].to(self.weight.dtype)
-        return rows.view(*input.shape, self.embedding_dim)
+    def fetch(self, ids: torch.Tensor) -> torch.Tensor:
+        return unpack(self.rows, self.packing, ids, ids)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, 12 bits a weight"
-
-
-def _checked(input: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, each once and sorted, and where each is in the input."""
-    ids, inverse = input.reshape(-1).to(torch.int64).unique(return_inverse=True)
-    if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < n:
-        raise IndexError(f"token ids {int(ids[0])}..{int(ids[-1])} are not all below {n}")
-    return ids, inverse
 
 
 def _no_weight(dtype: torch.dtype) -> torch.Tensor:

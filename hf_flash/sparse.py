@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class SparseEngine(Engine):
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
         if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
-            found = self._native_step(self._step, flat, act, biases)
+            found = self._native(self._step.run, flat, act, biases)
             if found is not None:
                 return found.view(*x.shape[:-1], found.shape[-1])
         t0, waited = time.perf_counter(), self._stats.wait_s
@@ -64,14 +65,14 @@ class SparseEngine(Engine):
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _native_step(
-        self, step: NativeStep, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases
-    ) -> torch.Tensor | None:
+    def _native(self, call: Callable[..., Any], *args: Any) -> Any:
+        """A call of the native step, which nobody disturbs; if it is stopped, the slots are not trusted again."""
+        assert self._step is not None
         with self.cache.lock:
             try:
-                return step.run(flat, act, biases)
-            except BaseException:  # Ctrl-C too: no slot is trusted again, and none is given away while it is read into
-                step.settle()
+                return call(*args)
+            except BaseException:  # Ctrl-C too: none is given away while it is read into
+                self._step.settle()
                 self.cache.reset()
                 raise
 
@@ -91,13 +92,7 @@ class SparseEngine(Engine):
         flat = x.reshape(-1, x.shape[-1])
         if self._step is None or not 0 < flat.shape[0] <= EARLY_TOKENS:
             return
-        with self.cache.lock:
-            try:
-                self._step.early(flat, biases)
-            except BaseException:
-                self._step.settle()
-                self.cache.reset()
-                raise
+        self._native(self._step.early, flat, biases)
 
     def _few_tokens(
         self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray

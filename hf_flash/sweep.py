@@ -45,7 +45,7 @@ class SweepEngine(Engine):
         whole = pinned_rows >= layer.n_neurons
         self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
         self._exact = exact
-        self._numbers = torch.arange(max(self._step, self._pin))
+        self._numbers = torch.arange(0 if exact else max(self._step, self._pin))
         self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed

@@ -27,35 +27,10 @@ template <int TYPE> INLINE float one(const uint8_t *at, int64_t k) {  // number 
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-namespace {
-namespace v4 {
-#define LEVEL 4
-#include "ffn_loops.h"
-#undef LEVEL
-}  // namespace v4
-}  // namespace
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace {
-namespace v3 {
-#define LEVEL 3
-#include "ffn_loops.h"
-#undef LEVEL
-}  // namespace v3
-}  // namespace
-#pragma GCC pop_options
-#endif
+#define LOOPS "ffn_loops.h"
+#include "each_level.h"
 
 namespace {
-namespace plain {
-#define LEVEL 1
-#include "ffn_loops.h"
-#undef LEVEL
-}  // namespace plain
 
 template <int TYPE> int64_t run(const Ffn &f, float *out) {
   return sum_parts(f.n, f.T * f.d_out, out, [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {

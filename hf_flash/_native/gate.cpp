@@ -49,35 +49,10 @@ INLINE uint8_t judge(const Sketch *s, const Inputs *in, int64_t i, int64_t t, fl
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-namespace {
-namespace v4 {
-#define LEVEL 4
-#include "gate_loops.h"
-#undef LEVEL
-}  // namespace v4
-}  // namespace
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace {
-namespace v3 {
-#define LEVEL 3
-#include "gate_loops.h"
-#undef LEVEL
-}  // namespace v3
-}  // namespace
-#pragma GCC pop_options
-#endif
+#define LOOPS "gate_loops.h"
+#include "each_level.h"
 
 namespace {
-namespace plain {
-#define LEVEL 1
-#include "gate_loops.h"
-#undef LEVEL
-}  // namespace plain
 
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
   CALL(scan<BITS>, s, in, begin, end, wanted);

@@ -71,35 +71,10 @@ int64_t pack_rows(const uint16_t *from, int64_t from_stride, int64_t n, int64_t 
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4")
-namespace {
-namespace v4 {
-#define LEVEL 4
-#include "packed_loops.h"
-#undef LEVEL
-}  // namespace v4
-}  // namespace
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace {
-namespace v3 {
-#define LEVEL 3
-#include "packed_loops.h"
-#undef LEVEL
-}  // namespace v3
-}  // namespace
-#pragma GCC pop_options
-#endif
+#define LOOPS "packed_loops.h"
+#include "each_level.h"
 
 namespace {
-namespace plain {
-#define LEVEL 1
-#include "packed_loops.h"
-#undef LEVEL
-}  // namespace plain
 
 std::vector<float> shuffle(const float *x, int64_t T, int64_t d) {
   std::vector<float> out(static_cast<size_t>(T * d));
