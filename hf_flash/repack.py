@@ -43,6 +43,7 @@ from hf_flash.format import (
 )
 from hf_flash.gates.certified import SKETCH_KIND, Sketch, sketch_tensors
 from hf_flash.layout import BundleLayout, parse_size
+from hf_flash.memory import return_large_blocks
 from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
 from hf_flash.packing import MAX_ESCAPES, can_pack, choose_base, count_exponents, pack
 from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, escapes_name, flash_file_names, write_index
@@ -51,6 +52,7 @@ logger = logging.get_logger(__name__)
 
 GATES_KEY = "hf_flash.gates"  # header metadata of gates.safetensors
 DEFAULT_SHARD = "5GB"
+PACK_NEURONS = 512  # packed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +309,7 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
     Returns:
         The files written, gates.safetensors among them where there are sketches.
     """
+    return_large_blocks()  # one layer's scratch is to be free before the next
     shards = _shards(source, max_shard_bytes)
     identity = _identity(source, gate_bits)
     weight_map: dict[str, str] = {}
@@ -410,9 +413,8 @@ def _write_block(
     gate = None if block.gate is None else matrix(block.gate)
     up = matrix(block.up)
     if tensor_name(block) not in writer.done:
-        rows = dataclasses.replace(layout, packed=False).pack(up, matrix(block.down).t(), gate)
-        if layout.packed:
-            rows = _pack_rows(source, block, rows, writer)
+        parts = (up, matrix(block.down).t(), gate)
+        rows = _pack_rows(source, block, parts, writer) if layout.packed else layout.pack(*parts)
         writer.write(tensor_name(block), rows.numpy().data)
         del rows
     if todo_sketch and gates is not None:
@@ -421,16 +423,25 @@ def _write_block(
             gates.write(f"{block.path}.sketch.{name}", tensor.contiguous().view(torch.uint8).numpy().data)
 
 
-def _pack_rows(source: Source, block: FFNBlock, rows: torch.Tensor, writer: TensorFileWriter) -> torch.Tensor:
-    """A block's bundles in 12 bits a weight; their escapes are written."""
+def _pack_rows(
+    source: Source, block: FFNBlock, parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    writer: TensorFileWriter,
+) -> torch.Tensor:  # fmt: skip
+    """A block's bundles in 12 bits a weight, made a few neurons at a time; their escapes are written."""
     survey, layout = source.survey(block), source.layout(block)
     assert survey is not None
     out = torch.zeros(block.d_ffn, layout.row_bytes, dtype=torch.uint8)
-    _, packing = pack(rows.view(torch.bfloat16)[:, : layout.n_elements], survey[0], out)
-    neurons = torch.arange(block.d_ffn, dtype=torch.int32).repeat_interleave(packing.start.diff())
-    pairs = torch.stack([neurons, packing.escapes], dim=1).contiguous()
-    if len(pairs):
-        writer.write(escapes_name(block.path), pairs.view(torch.uint8).numpy().data)
+    whole = dataclasses.replace(layout, packed=False)
+    pairs = []
+    for start in range(0, block.d_ffn, PACK_NEURONS):
+        some = slice(start, min(start + PACK_NEURONS, block.d_ffn))
+        rows = whole.pack(*(part if part is None else part[some] for part in parts)).view(torch.bfloat16)
+        _, packing = pack(rows[:, : layout.n_elements], survey[0], out[some])
+        neurons = torch.arange(some.start, some.stop, dtype=torch.int32).repeat_interleave(packing.start.diff())
+        pairs.append(torch.stack([neurons, packing.escapes], dim=1))
+    escapes = torch.cat(pairs).contiguous()
+    if len(escapes):
+        writer.write(escapes_name(block.path), escapes.view(torch.uint8).numpy().data)
     return out
 
 
