@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_flash.errors import MemoryCapError
-from hf_flash.layout import format_size, round_up
+from hf_flash.layout import chunk_rows, format_size, round_up
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
-N_BUFFERS = 4
+N_BUFFERS = 8
 WANTED = (
     0.147,
     0.089,
@@ -153,7 +153,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    share = 128 if any(not layer.sketches for layer in demand.layers) else 512  # large chunks are for streams
+    share = 256 if any(not layer.sketches for layer in demand.layers) else 512  # large chunks are for streams
     chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
@@ -300,25 +300,35 @@ def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choi
 
 
 def _pin(layers: Sequence[Layer], left: int, chunk: int, unpacked: bool) -> dict[str, int]:
-    """Rows to pin per layer. Whole layers, spread over the depth so that reads go on while they compute."""
+    """Rows to pin per layer: so spread over the depth that reads go on while pinned ones compute."""
     pinned = {layer.path: 0 for layer in layers}
     if not layers or left <= 0:
         return pinned
-    n_whole = 0
-    total = 0
-    order = _spread(len(layers))
-    for n, i in enumerate(order, start=1):
-        total += layers[i].pinned_bytes(unpacked)
-        if total > left:
-            total -= layers[i].pinned_bytes(unpacked)
+    order = [layers[i] for i in _spread(len(layers))]
+    if not unpacked and all(layer.packed for layer in layers):
+        return _pin_evenly(order, left, chunk)
+    for layer in order:
+        size = layer.pinned_bytes(unpacked)
+        if size > left:
+            step = chunk_rows(layer.n_neurons, layer.row_bytes, chunk)
+            pinned[layer.path] = min(left // layer.row_bytes // step * step, layer.n_neurons // step * step)
             break
-        n_whole = n
-    for i in order[:n_whole]:
-        pinned[layers[i].path] = layers[i].n_neurons
-    if n_whole < len(layers):
-        layer = layers[order[n_whole]]
-        step = min(layer.n_neurons, max(1, chunk // layer.row_bytes))
-        pinned[layer.path] = min((left - total) // layer.row_bytes // step * step, layer.n_neurons // step * step)
+        pinned[layer.path] = layer.n_neurons
+        left -= size
+    return pinned
+
+
+def _pin_evenly(layers: Sequence[Layer], left: int, chunk: int) -> dict[str, int]:
+    """The same share of each layer, in whole chunks: pinned rows are computed with while the others come."""
+    share = min(1.0, left / sum(layer.n_neurons * layer.row_bytes for layer in layers))
+    steps = {layer.path: chunk_rows(layer.n_neurons, layer.row_bytes, chunk) for layer in layers}
+    pinned = {layer.path: int(layer.n_neurons * share) // steps[layer.path] * steps[layer.path] for layer in layers}
+    left -= sum(pinned[layer.path] * layer.row_bytes for layer in layers)
+    for layer in layers:  # what was rounded off is enough for one more chunk of some
+        more = min(steps[layer.path], layer.n_neurons - pinned[layer.path])
+        if more * layer.row_bytes <= left:
+            pinned[layer.path] += more
+            left -= more * layer.row_bytes
     return pinned
 
 

@@ -131,3 +131,9 @@ class BundleLayout:
             assert gate is not None
             to_gate.copy_(gate)
         return rows
+
+
+def chunk_rows(n_rows: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Rows that are streamed at a time: a multiple of 8 where there are so many, which kernels like."""
+    n = max(1, chunk_bytes // row_bytes)
+    return min(n_rows, n - n % 8 if n > 8 else n)

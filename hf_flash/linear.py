@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_flash import native
+from hf_flash import native, ordered
 from hf_flash.memory import aligned_empty, view_bytes
 from hf_flash.ops import autocast_input
 from hf_flash.packing import Packing, choose_base, count_exponents, matvec, pack, packed_bytes, unpack
@@ -104,6 +104,8 @@ class PackedLinear(OnFlashLinear):
             exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
         """
         self._exact = exact
+        if exact:
+            ordered.agrees(self.out_features, self.in_features)  # now, not when the first token waits
         self.rows, self.packing = pack_matrix(reader, rows)
 
     @contextlib.contextmanager
@@ -120,12 +122,21 @@ class PackedLinear(OnFlashLinear):
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.numel() // self.in_features
+        if self._exact and n_tokens == 1 and self._can_order(x):
+            bias = None if self.bias is None else self.bias.detach()
+            out = ordered.matvec(x.reshape(-1).contiguous(), self.rows, self.packing, bias)
+            return out.view(*x.shape[:-1], self.out_features)
         if self._exact or n_tokens > native.MAX_TOKENS or not native.available():
             return super().compute(x)
         y = matvec(x.reshape(n_tokens, self.in_features), self.rows, self.packing)
         if self.bias is not None:
             y = y.to(x.dtype) + self.bias.to(x.dtype) if x.dtype == torch.float32 else y + self.bias.float()
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _can_order(self, x: torch.Tensor) -> bool:
+        """Whether the ordered kernel gives torch's bits for this input."""
+        plain = x.dtype == torch.bfloat16 and (self.bias is None or self.bias.dtype == x.dtype)
+        return plain and ordered.agrees(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, 12 bits a weight"

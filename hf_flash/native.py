@@ -25,7 +25,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 2
+ABI = 3
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -72,6 +72,14 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_packed_ffn.restype = _I
     lib.hf_flash_packed_ffn.argtypes = [
         _P, _I, _I, _I, _P, _I, _P, _P, _I, _P, _P, _N, _N, _P, _P, _N, _N, _F, _P,
+    ]  # fmt: skip
+    lib.hf_flash_ordered.restype = _N
+    lib.hf_flash_ordered.argtypes = []
+    lib.hf_flash_ordered_matvec.restype = None
+    lib.hf_flash_ordered_matvec.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _P, _P]
+    lib.hf_flash_ordered_ffn.restype = None
+    lib.hf_flash_ordered_ffn.argtypes = [
+        _P, _I, _I, _I, _I, _I, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P,
     ]  # fmt: skip
     lib.hf_flash_ring_open.restype = _P
     lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]

@@ -428,14 +428,14 @@ def _pack_rows(
     writer: TensorFileWriter,
 ) -> torch.Tensor:  # fmt: skip
     """A block's bundles in 12 bits a weight, made a few neurons at a time; their escapes are written."""
-    survey, layout = source.survey(block), source.layout(block)
+    survey, layout, (up, down, gate) = source.survey(block), source.layout(block), parts
     assert survey is not None
     out = torch.zeros(block.d_ffn, layout.row_bytes, dtype=torch.uint8)
     whole = dataclasses.replace(layout, packed=False)
     pairs = []
     for start in range(0, block.d_ffn, PACK_NEURONS):
         some = slice(start, min(start + PACK_NEURONS, block.d_ffn))
-        rows = whole.pack(*(part if part is None else part[some] for part in parts)).view(torch.bfloat16)
+        rows = whole.pack(up[some], down[some], None if gate is None else gate[some]).view(torch.bfloat16)
         _, packing = pack(rows[:, : layout.n_elements], survey[0], out[some])
         neurons = torch.arange(some.start, some.stop, dtype=torch.int32).repeat_interleave(packing.start.diff())
         pairs.append(torch.stack([neurons, packing.escapes], dim=1))

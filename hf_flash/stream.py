@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from hf_flash import trace
-from hf_flash.layout import DATA_ALIGN, round_up
+from hf_flash.layout import DATA_ALIGN, chunk_rows, round_up
 from hf_flash.memory import aligned_empty, shares, view_bytes
 from hf_flash.readers import Read, Reader, Ticket
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 
+RESERVE = 1  # buffers that stay free while the caller waits: filled as soon as something has landed
 Chunk = tuple[int, int]  # (unit, number of the chunk in it)
 
 
@@ -77,7 +78,7 @@ class Stream:
     def chunk_rows(self, unit: int) -> int:
         """Rows in one chunk of a unit."""
         rows = self._units[unit]
-        return min(rows.n_rows, max(1, self.chunk_bytes // rows.row_bytes))
+        return chunk_rows(rows.n_rows, rows.row_bytes, self.chunk_bytes)
 
     def announce_pin(self, unit: int, n_rows: int) -> None:
         """The caller will hold the first `n_rows` of a unit after one pass: they are read ahead once, not again."""
@@ -128,6 +129,7 @@ class Stream:
             try:
                 t0 = time.perf_counter()
                 pending.ticket.wait()
+                self._refill()  # a device that shares its time ends all reads at once: it goes on at once, too
                 self._stats.add(wait_s=time.perf_counter() - t0)
                 if trace.active is not None:
                     trace.active.add(trace.WAIT, t0, time.perf_counter())
@@ -135,7 +137,7 @@ class Stream:
             finally:
                 pending.ticket.settle()
                 self._free.append(pending.buffer)
-                self._refill()
+                self._refill(RESERVE)
 
     def _take(self, chunk: Chunk) -> _Pending:
         if not any(p.chunk == chunk for p in self._pending):
@@ -146,11 +148,12 @@ class Stream:
         taken = self._pending.popleft()
         if not self._pending and (following := self._following(chunk)) is not None:
             self._schedule(following)
-        self._refill()
+        self._refill(RESERVE)
         return taken
 
-    def _refill(self) -> None:
-        while self._pending and self._free:
+    def _refill(self, reserve: int = 0) -> None:
+        """Start reads until only so many buffers are free."""
+        while self._pending and len(self._free) > reserve:
             chunk = self._following(self._pending[-1].chunk)
             if chunk is None:
                 return

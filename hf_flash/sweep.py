@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from hf_flash import native, ops, trace
+from hf_flash import native, ops, ordered, trace
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.memory import aligned_empty
 from hf_flash.packing import sparse_ffn
@@ -46,6 +46,7 @@ class SweepEngine(Engine):
         self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
         self._exact = exact
         self._numbers = torch.arange(0 if exact else max(self._step, self._pin))
+        self._can_order = exact and layer.packing is not None and not self._step % ordered.MULTIPLE and self._ordered()
         self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
@@ -74,7 +75,16 @@ class SweepEngine(Engine):
             trace.active.add(trace.ARITHMETIC, t0, time.perf_counter(), self.layer.path)
         return y
 
+    def _ordered(self) -> bool:
+        """Whether the ordered kernels give torch's bits for this layer's matrices."""
+        d_model, d_out = self.layer.layout.d_model, self.layer.layout.d_out
+        return ordered.agrees(self.layer.n_neurons, d_model) and ordered.agrees(d_out, self.layer.n_neurons)
+
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        if self._can_order and x.numel() == x.shape[-1] and x.dtype == torch.bfloat16:
+            table = ordered.table_of(act)
+            if table is not None and self._ordered():
+                return self._one_token(x, table, biases)
         code = self._code(x, act)
         if code is not None:
             return self._few_tokens(x, code, biases)
@@ -114,6 +124,24 @@ class SweepEngine(Engine):
         ):
             return None
         return native.any_activation_code(act, x.dtype)
+
+    def _one_token(self, x: torch.Tensor, table: torch.Tensor, biases: ops.Biases) -> torch.Tensor:
+        """Packed rows as they are, chunk by chunk, summed as torch sums."""
+        layout, n, packing = self.layer.layout, self.layer.n_neurons, self.layer.packing
+        assert packing is not None
+        biases = ops.Biases(*(b if b is None else b.to(x.dtype).contiguous() for b in biases))
+        total = ordered.Sum(x.reshape(-1).contiguous(), table, layout.d_out, layout.gated, biases, n)
+        pins = self._start_pinning()
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._chunks(pins, whole=True) as chunks:
+            for neurons, rows in chunks:
+                t1 = time.perf_counter()
+                total.add(neurons, rows, packing.rows(neurons.start, neurons.stop), neurons.stop == n)
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path, native=True)
+        self._finish_pinning(pins)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        return total.out.view(*x.shape[:-1], layout.d_out)
 
     def _few_tokens(self, x: torch.Tensor, code: tuple[int, float], biases: ops.Biases) -> torch.Tensor:
         """Packed rows as they are, chunk by chunk, summed in float32."""

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hf_flash.budget import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, smallest_cap
 from hf_flash.budget import _divide as divide
 from hf_flash.errors import FlashConfigError, MemoryCapError
+from hf_flash.layout import chunk_rows
 
 MIB = 1 << 20
 
@@ -69,7 +70,8 @@ def check(demand: Demand, plan: Plan, memory: int) -> None:
             assert 0 <= plan.slots[layer.path] <= layer.n_neurons
             held += plan.slots[layer.path] * layer.row_bytes
             continue
-        rows, step = plan.pinned_rows[layer.path], min(layer.n_neurons, max(1, plan.chunk_bytes // layer.row_bytes))
+        rows = plan.pinned_rows[layer.path]
+        step = chunk_rows(layer.n_neurons, layer.row_bytes, plan.chunk_bytes)
         assert 0 <= rows <= layer.n_neurons
         assert rows == layer.n_neurons or rows % step == 0, "pinned rows are whole chunks"
         held += layer.pinned_bytes(plan.unpacked) if rows == layer.n_neurons else rows * layer.row_bytes

@@ -13,7 +13,7 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops  trace  families  native  packing
+words            errors  stats  memory  plan  ops  trace  families  native  packing  ordered
 what there is    layout  config  window  budget  check
 files            format  readers  gates  card
 a checkpoint     store  checkpoint  hub  output  probe  estimate

@@ -1,0 +1,261 @@
+// One bfloat16 token times packed rows, to the bit what torch computes from the same matrix. Reference: F.linear.
+//
+// On a CPU with AVX512-BF16 torch's library sums each output as a chain of pair products (vdpbf16ps: two bfloat16
+// products added to a float32) over 512 inputs, and adds the chains. The chains here are the same ones, with 16
+// outputs in a register, so nothing is unpacked to memory. Whether torch does sum so is tested where it matters: see
+// ordered.py, which compares both on every shape before it relies on this.
+#include "ffn.h"
+#include "packed.h"
+
+#pragma GCC optimize("no-associative-math")  // the order is the point
+
+namespace {
+
+// Four registers of chains for 64 outputs: register v has outputs 16 lane + 4 v + k.
+INLINE int64_t paired(int64_t k) { return k % 16 / 4 * 16 + k / 16 * 4 + k % 4; }
+
+INLINE uint16_t rounded(float v) { return bits_bf16(round_bf16(v)); }
+
+}  // namespace
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#include <immintrin.h>
+#define ORDERED 1
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+
+namespace {
+
+constexpr int64_t CHAIN = 512;  // inputs of a chain
+constexpr int ROWS = 16;        // outputs in a register
+constexpr int GROUPS = 2;       // registers summed side by side: a chain waits for itself
+constexpr int NEURONS = 8;      // down rows taken together
+
+// Of 64 weights in 16-byte lanes: `first` has the first 8 of every 16, `second` the others.
+INLINE void decode(const uint8_t *low, const uint8_t *code, const Tables &t, __m512i *first, __m512i *second) {
+  const __m512i l = _mm512_loadu_si512(low);
+  const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(code));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
+  const __m512i c = _mm512_and_si512(both, _mm512_set1_epi8(15));
+  const __m512i h = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.high)), c);
+  const __m512i g = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.low)), c);
+  const __m512i high = _mm512_ternarylogic_epi32(h, l, _mm512_set1_epi8(-128), 0xf8);  // h | (l & 0x80)
+  const __m512i down = _mm512_ternarylogic_epi32(g, l, _mm512_set1_epi8(127), 0xf8);
+  *first = _mm512_unpacklo_epi8(down, high), *second = _mm512_unpackhi_epi8(down, high);
+}
+
+// Where weight k of 64 lies in `first` and, after its 32, `second`.
+INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
+
+// Puts the escapes of a row that lie below `end` in their places of `values` (laned), which begin at weight `from`.
+INLINE void patch(const Packed &p, int32_t *at, int32_t last, int64_t from, int64_t end, uint16_t *values) {
+  for (; *at < last; ++*at) {
+    const int64_t position = p.escapes[*at] >> 16;
+    if (position >= end) return;
+    values[laned(position - from)] = static_cast<uint16_t>(p.escapes[*at]);
+  }
+}
+
+// The first escape of a row at or after a weight.
+INLINE int32_t escape_from(const Packed &p, int64_t row, int64_t weight) {
+  int32_t at = p.start[row];
+  while (at < p.start[row + 1] && p.escapes[at] >> 16 < weight) at++;
+  return at;
+}
+
+// out[i] has the i-th four bytes of 16 rows, which lie 128 bytes apart.
+INLINE void transpose(const uint16_t *from, __m512i *out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(from + 64 * i);
+  for (int i = 0; i < 16; i += 2)
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // a[i + 4 r] has column 4 lane + i of rows 4 r .. 4 r + 3
+    const __m512i c0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), c1 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i d0 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i d1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    out[i] = _mm512_shuffle_i32x4(c0, d0, 0x88), out[8 + i] = _mm512_shuffle_i32x4(c0, d0, 0xdd);
+    out[4 + i] = _mm512_shuffle_i32x4(c1, d1, 0x88), out[12 + i] = _mm512_shuffle_i32x4(c1, d1, 0xdd);
+  }
+}
+
+INLINE __m512bh pair_of(const uint16_t *x) {
+  int32_t both;
+  std::memcpy(&both, x, 4);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// out[i] = weights first .. first + K of row i, times x, and the bias, for rows begin .. end.
+void products(const Packed &p, const uint8_t *rows, int64_t stride, int64_t begin, int64_t end, int64_t first, int64_t K,
+              const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  alignas(64) uint16_t some[ROWS * BLOCK];
+  __m512i columns[2 * ROWS];
+  for (int64_t i = begin; i < end; i += ROWS * GROUPS) {
+    const uint8_t *row[ROWS * GROUPS];
+    int32_t at[ROWS * GROUPS], last[ROWS * GROUPS];
+    for (int r = 0; r < ROWS * GROUPS; r++) {
+      const int64_t mine = i + r < end ? i + r : end - 1;
+      row[r] = rows + mine * stride, at[r] = escape_from(p, mine, first), last[r] = p.start[mine + 1];
+    }
+    const int64_t ahead = i + ROWS * GROUPS < end ? ROWS * GROUPS * stride : 0;
+    __m512 total[GROUPS], chain[GROUPS];
+    for (int g = 0; g < GROUPS; g++) total[g] = chain[g] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < K; j += BLOCK) {
+      if (j && j % CHAIN == 0)
+        for (int g = 0; g < GROUPS; g++) total[g] = _mm512_add_ps(total[g], chain[g]), chain[g] = _mm512_setzero_ps();
+      const int64_t w = first + j;
+      for (int g = 0; g < GROUPS; g++) {
+        for (int r = 0; r < ROWS; r++) {
+          const uint8_t *low = row[g * ROWS + r] + w, *code = row[g * ROWS + r] + p.E + w / 2;
+          __builtin_prefetch(low + ahead);
+          if (w % 128 == 0) __builtin_prefetch(code + ahead);
+          __m512i a, b;
+          decode(low, code, p.tables, &a, &b);
+          _mm512_store_si512(some + r * BLOCK, a), _mm512_store_si512(some + r * BLOCK + 32, b);
+          int32_t *escape = at + g * ROWS + r;
+          if (*escape < last[g * ROWS + r]) patch(p, escape, last[g * ROWS + r], w, w + BLOCK, some + r * BLOCK);
+        }
+        transpose(some, columns), transpose(some + 32, columns + ROWS);
+        __m512 sum = chain[g];
+        for (int lane = 0; lane < 4; lane++)  // weights 16 lane .. 16 lane + 15, in order
+          for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 4; k++)
+              sum = _mm512_dpbf16_ps(sum, (__m512bh)columns[half * ROWS + lane * 4 + k],
+                                     pair_of(x + j + 16 * lane + 8 * half + 2 * k));
+        chain[g] = sum;
+      }
+    }
+    for (int g = 0; g < GROUPS; g++) {
+      const int64_t from = i + g * ROWS;
+      if (from >= end) break;
+      const __mmask16 mine = static_cast<__mmask16>(end - from >= ROWS ? 0xffff : (1 << (end - from)) - 1);
+      __m512 sum = _mm512_add_ps(total[g], chain[g]);
+      if (bias) {
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + from));
+        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+      }
+      _mm256_mask_storeu_epi16(out + from, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+    }
+  }
+}
+
+// Adds neurons 0 .. n to the chains and totals of outputs begin .. end (multiples of 64; both in the order of `paired`:
+// four registers for 64 outputs).
+// Neuron 0 is the block's neuron `number`, which is even.
+void sums(const Packed &p, const uint8_t *rows, int64_t stride, int64_t number, int64_t n, int64_t first,
+          const uint16_t *h, int64_t begin, int64_t end, float *chain, float *total) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t in_chain = (number + i) % CHAIN;
+    if (in_chain == 0 && number + i > 0)
+      for (int64_t j = begin; j < end; j++) total[j] += chain[j], chain[j] = 0;
+    int64_t k = NEURONS < n - i ? NEURONS : n - i;
+    k = k < CHAIN - in_chain ? k : CHAIN - in_chain;
+    const uint8_t *row[NEURONS];
+    int32_t at[NEURONS], last[NEURONS];
+    alignas(4) uint16_t value[NEURONS] = {};
+    for (int r = 0; r < NEURONS; r++) {
+      const int64_t mine = i + (r < k ? r : k - 1);
+      row[r] = rows + mine * stride, at[r] = escape_from(p, mine, first + begin), last[r] = p.start[mine + 1];
+      if (r < k) value[r] = h[mine];
+    }
+    const int64_t ahead = i + NEURONS < n ? NEURONS * stride : 0;
+    for (int64_t j = begin; j < end; j += BLOCK) {
+      const int64_t w = first + j;
+      __m512 c[4];
+      for (int v = 0; v < 4; v++) c[v] = _mm512_loadu_ps(chain + j + 16 * v);
+      for (int r = 0; r < NEURONS; r += 2) {
+        __m512i part[4] = {};
+        for (int s = 0; s < 2 && r + s < k; s++) {
+          const uint8_t *low = row[r + s] + w, *code = row[r + s] + p.E + w / 2;
+          __builtin_prefetch(low + ahead);
+          if (w % 128 == 0) __builtin_prefetch(code + ahead);
+          decode(low, code, p.tables, part + 2 * s, part + 2 * s + 1);
+          if (at[r + s] < last[r + s] && p.escapes[at[r + s]] >> 16 < w + BLOCK) {
+            alignas(64) uint16_t some[BLOCK];
+            _mm512_store_si512(some, part[2 * s]), _mm512_store_si512(some + 32, part[2 * s + 1]);
+            patch(p, at + r + s, last[r + s], w, w + BLOCK, some);
+            part[2 * s] = _mm512_load_si512(some), part[2 * s + 1] = _mm512_load_si512(some + 32);
+          }
+        }
+        const __m512bh both = pair_of(value + r);
+        c[0] = _mm512_dpbf16_ps(c[0], (__m512bh)_mm512_unpacklo_epi16(part[0], part[2]), both);
+        c[1] = _mm512_dpbf16_ps(c[1], (__m512bh)_mm512_unpackhi_epi16(part[0], part[2]), both);
+        c[2] = _mm512_dpbf16_ps(c[2], (__m512bh)_mm512_unpacklo_epi16(part[1], part[3]), both);
+        c[3] = _mm512_dpbf16_ps(c[3], (__m512bh)_mm512_unpackhi_epi16(part[1], part[3]), both);
+      }
+      for (int v = 0; v < 4; v++) _mm512_storeu_ps(chain + j + 16 * v, c[v]);
+    }
+    i += k;
+  }
+}
+
+}  // namespace
+#pragma GCC pop_options
+#endif
+
+extern "C" {
+
+// Whether this CPU has the instruction.
+int hf_flash_ordered() {
+#ifdef ORDERED
+  return level() == 4 && __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
+}
+
+// out [n] bfloat16 = rows times x [E], and the bias where there is one.
+void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
+                             const uint32_t *escapes, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+#ifdef ORDERED
+  const Packed p(E, base, start, escapes);
+  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
+  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS);
+  in_parallel(threads, [&](int me) {
+    const int64_t end = groups * (me + 1) / threads * ROWS * GROUPS;
+    products(p, rows, stride, groups * me / threads * ROWS * GROUPS, end < n ? end : n, 0, E, x, bias, out);
+  });
+#endif
+}
+
+// Neurons `number` .. `number + n` of an FFN of one token, in bundles that lie one after the other.
+// act: what the activation makes of every bfloat16. h [n]: scratch. sums [2, d_out] float32: zeros at neuron 0, then as
+// the last call left them. out [d_out] bfloat16, with the bias, where not null: these are the last neurons.
+void hf_flash_ordered_ffn(const uint8_t *rows, int64_t stride, int64_t number, int64_t n, int64_t d, int64_t d_out,
+                          int gated, int base, const int32_t *start, const uint32_t *escapes, const uint16_t *x,
+                          const uint16_t *act, const uint16_t *gate_bias, const uint16_t *up_bias,
+                          const uint16_t *down_bias, uint16_t *h, float *state, uint16_t *out) {
+#ifdef ORDERED
+  const int64_t down = d * (gated ? 2 : 1);
+  const Packed p(down + d_out, base, start, escapes);
+  const int threads = n * p.E < 65536 * max_threads() ? 1 : max_threads();
+  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS), blocks = d_out / BLOCK;
+  std::vector<uint16_t> up(static_cast<size_t>(gated ? n : 0));
+  in_parallel(threads, [&](int me) {
+    const int64_t begin = groups * me / threads * ROWS * GROUPS, most = groups * (me + 1) / threads * ROWS * GROUPS;
+    const int64_t end = most < n ? most : n;
+    products(p, rows, stride, begin, end, 0, d, x, gated ? gate_bias : up_bias, h);
+    if (gated) products(p, rows, stride, begin, end, d, d, x, up_bias, up.data());
+    for (int64_t i = begin; i < end; i++) {
+      h[i] = act[h[i]];
+      if (gated) h[i] = rounded(from_bf16(h[i]) * from_bf16(up[static_cast<size_t>(i)]));
+    }
+  });
+  float *chain = state, *total = state + d_out;
+  in_parallel(threads, [&](int me) {
+    const int64_t begin = blocks * me / threads * BLOCK, end = blocks * (me + 1) / threads * BLOCK;
+    sums(p, rows, stride, number, n, down, h, begin, end, chain, total);
+    if (!out) return;
+    for (int64_t j = begin; j < end; j++) {
+      const int64_t at = j / BLOCK * BLOCK + paired(j % BLOCK);
+      const float sum = total[at] + chain[at];
+      out[j] = rounded(down_bias ? sum + from_bf16(down_bias[j]) : sum);
+    }
+  });
+#endif
+}
+
+}  // extern "C"

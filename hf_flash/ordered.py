@@ -1,0 +1,130 @@
+"""One bfloat16 token times packed rows, to the bit what torch makes of the same matrix, at the speed of memory.
+
+torch's library sums an output of a bfloat16 product as chains of 512 inputs where the CPU has AVX512-BF16, and the
+kernels here do the same on the packed rows. No documentation promises that order, so nothing relies on it: `agrees`
+compares the kernel with F.linear on each shape, on inputs whose large terms cancel, so that any other order shows in
+every twentieth output. Where they differ, or the CPU is another, rows are unpacked and given to torch.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from hf_flash import native
+from hf_flash.ops import Activation, Biases
+from hf_flash.packing import BLOCK, Packing, choose_base, count_exponents, pack
+
+MULTIPLE = 8  # neurons of a chunk, but for the last one
+_PROOF_BYTES = 16 << 20  # of weights that a comparison is made with; larger matrices are compared with fewer rows
+_PROOFS = 2
+
+
+def agrees(n: int, k: int) -> bool:
+    """Whether the kernel and F.linear give the same bits for a matrix [n, k] on this machine, with these threads."""
+    lib = native.library()
+    if lib is None or not lib.hf_flash_ordered() or k % BLOCK or n < 1:
+        return False
+    return _compare(min(n, max(BLOCK, _PROOF_BYTES // (2 * k))), k, torch.get_num_threads())
+
+
+@functools.cache
+def _compare(n: int, k: int, n_threads: int) -> bool:
+    """`n_threads` is a part of what was compared."""
+    generator = torch.Generator().manual_seed(n_threads)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    half = k // 2
+    with torch.device("cpu"), torch.no_grad():
+        w = torch.empty(n, k, dtype=torch.bfloat16)
+        for rows in w.split(BLOCK):
+            rows[:, :half] = draw(len(rows), half) / 8
+            nearly = 1 + (draw(len(rows), k - half) > 1.6) * 2.0**-7
+            rows[:, half:] = -rows[:, : k - half].float() * nearly
+        packed, packing = pack(w, choose_base(count_exponents(w))[0])
+        bias = (draw(n) / 16).bfloat16()
+        for proof in range(_PROOFS):
+            x = draw(k).bfloat16()
+            x[half:] = x[: k - half]
+            added = bias if proof % 2 else None
+            if not torch.equal(matvec(x, packed, packing, added), F.linear(x.view(1, k), w, added).view(n)):
+                return False
+    return True
+
+
+def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Packed rows times one token. Reference: `F.linear(x, unpack(rows, packing), bias)`, where `agrees`.
+
+    Args:
+        x: [E] bfloat16.
+        rows: [n, stride] uint8, all rows of the packing.
+        bias: [n] bfloat16.
+
+    Returns:
+        [n] bfloat16.
+    """
+    lib = native.library()
+    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and len(x) == packing.n_elements
+    out = torch.empty(len(rows), dtype=torch.bfloat16, device="cpu")
+    lib.hf_flash_ordered_matvec(
+        rows.data_ptr(), rows.stride(0), len(rows), packing.n_elements, packing.base, packing.start.data_ptr(),
+        packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def table_of(act: Activation) -> torch.Tensor | None:
+    """What an activation makes of every bfloat16, [65536] bfloat16 by their bits.
+
+    None if it has parameters, which may change, or is not elementwise.
+    """
+    if isinstance(act, torch.nn.Module) and next(act.parameters(), None) is not None:
+        return None
+    every = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.int16).view(torch.bfloat16)
+    with torch.no_grad():
+        table = act(every)
+        same = torch.equal(act(every.flip(0)).view(torch.int16), table.flip(0).view(torch.int16))
+    return table.contiguous() if same and table.dtype == torch.bfloat16 else None
+
+
+class Sum:
+    """The FFN of one token over packed bundles, chunk by chunk in their order.
+
+    Args:
+        x: [d_model] bfloat16.
+        table: of the activation.
+        d_out, gated: of the bundles.
+        biases: bfloat16.
+        n_rows: most neurons of a chunk.
+    """
+
+    def __init__(
+        self, x: torch.Tensor, table: torch.Tensor, d_out: int, gated: bool, biases: Biases, n_rows: int
+    ) -> None:
+        self.x, self._table, self._gated, self._biases = x, table, gated, biases
+        self._h = torch.empty(n_rows, dtype=torch.bfloat16, device="cpu")
+        self._sums = torch.zeros(2, d_out, dtype=torch.float32, device="cpu")
+        self.out = torch.empty(d_out, dtype=torch.bfloat16, device="cpu")
+
+    def add(self, neurons: slice, rows: torch.Tensor, packing: Packing, last: bool) -> None:
+        """Add some neurons; after the last ones `out` has the result.
+
+        Args:
+            neurons: their numbers; the first is a multiple of MULTIPLE.
+            rows: [n, stride] uint8.
+            packing: of these rows alone.
+        """
+        lib = native.library()
+        assert lib is not None and neurons.start % MULTIPLE == 0
+        up, gate = self._biases.part(neurons)
+        lib.hf_flash_ordered_ffn(
+            rows.data_ptr(), rows.stride(0), neurons.start, len(rows), len(self.x), len(self.out), int(self._gated),
+            packing.base, packing.start.data_ptr(), packing.escapes.data_ptr(), self.x.data_ptr(),
+            self._table.data_ptr(), native.pointer(gate), native.pointer(up), native.pointer(self._biases.down),
+            self._h.data_ptr(), self._sums.data_ptr(), self.out.data_ptr() if last else None,
+        )  # fmt: skip
