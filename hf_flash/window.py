@@ -35,10 +35,16 @@ class Window:
         """A forward pass of `n_tokens` tokens begins."""
         self.clock += max(1, n_tokens)
 
-    def use(self, slots: IntArray) -> None:
-        """These slots are used by the current tokens."""
+    def idle(self) -> npt.NDArray[np.bool_]:
+        """[n_slots] which slots none of the window's tokens used."""
+        idle: npt.NDArray[np.bool_] = self.clock - self._last >= self.n_tokens
+        return idle
+
+    def use(self, slots: IntArray, worth: int = 0) -> None:
+        """These slots are used by the current tokens, or, with a worth below 0, only guessed to be."""
         now = self.clock / self.half_life
         self._key[slots] = np.log2(1.0 + np.exp2(np.maximum(self._key[slots] - now, -1000.0))) + now
+        self._key[slots] += worth
         self._last[slots] = self.clock
 
     def forget(self, slots: IntArray) -> None:
@@ -55,7 +61,7 @@ class Window:
         Returns:
             [n] slot numbers.
         """
-        worth = np.where(self.clock - self._last < self.n_tokens, self._key + 1e12, self._key)  # the window goes last
+        worth = np.where(self.idle(), self._key, self._key + 1e12)  # the window goes last
         worth[busy] = np.inf
         if n >= len(worth):
             return np.arange(len(worth))
