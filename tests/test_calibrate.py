@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_e2e import ROOMY, load, logits_of
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import hf_flash
 from hf_flash import fit
@@ -23,7 +23,7 @@ from hf_flash.gate_file import GateFile
 from hf_flash.store import GATES_NAME
 
 DOCS = Path(__file__).parent.parent / "docs"
-QUICK: dict[str, Any] = {"max_tokens": 4096, "epochs": 1, "precision": 0.1, "memory": ROOMY, "progress": False}
+QUICK: dict[str, Any] = {"max_tokens": 3072, "epochs": 1, "precision": 0.1, "memory": ROOMY, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def report_of(folder: Path) -> dict[str, Any]:
 def test_the_report_says_what_the_predictors_do(calibrated: Path) -> None:
     report = report_of(calibrated)
     assert report["text"] == "pages.txt"
-    assert 3584 <= report["n_tokens"] <= 4096
+    assert 2560 <= report["n_tokens"] <= 3072
     assert report == GateFile(calibrated / GATES_NAME).calibration
     for name, n_layers, least in (("predicted", 4, 0.97), ("lookahead", 3, 0.85)):
         part = report[name]
@@ -128,11 +128,11 @@ def test_arguments_that_cannot_be_are_refused(flash_folder: Path, text: Path, tm
         hf_flash.calibrate(flash_folder, text, tmp_path / "out", max_tokens=100)
     with pytest.raises(FlashConfigError, match="recall=2"):
         hf_flash.calibrate(flash_folder, text, tmp_path / "out", recall=2)
-    with pytest.raises(MemoryCapError, match="--memory [0-9]+MiB"):
+    with pytest.raises(MemoryCapError, match=r"--memory [0-9]+MiB"):
         hf_flash.calibrate(flash_folder, text, tmp_path / "out", **{**QUICK, "memory": "20MiB"})
     (tmp_path / "out" / "tokenizer.json").unlink()
     (tmp_path / "out" / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="no tokenizer"):
+    with pytest.raises(FlashError, match=r"not this model's|no tokenizer"):
         hf_flash.calibrate(tmp_path / "out", text, **QUICK)
 
 
@@ -147,8 +147,6 @@ def test_a_silu_model_has_nothing_to_predict(text: Path, tmp_path: Path) -> None
 
 def test_the_model_is_run_under_the_cap(flash_folder: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
     caps = []
-    from hf_flash import calibrate as module
-
     module = sys.modules["hf_flash.calibrate"]
     record = module.record
 
@@ -169,27 +167,26 @@ def test_the_model_is_run_under_the_cap(flash_folder: Path, text: Path, tmp_path
 @pytest.mark.slow
 def test_killed_half_way_it_ends_with_the_same_bytes(flash_folder: Path, text: Path, tmp_path: Path) -> None:
     folders = [shutil.copytree(flash_folder, tmp_path / name) for name in ("whole", "killed")]
-    hf_flash.calibrate(folders[0], text, **{**QUICK, "epochs": 2})
+    quick = {**QUICK, "memory": "100MiB"}
+    hf_flash.calibrate(folders[0], text, **quick)
     command = [
-        sys.executable, "-m", "hf_flash", "calibrate", str(folders[1]), "--text", str(text), "--max-tokens", "4096",
-        "--epochs", "2", "--precision", "0.1", "--memory", "1GiB", "--json",
+        sys.executable, "-m", "hf_flash", "calibrate", str(folders[1]), "--text", str(text), "--max-tokens", "3072",
+        "--epochs", "1", "--precision", "0.1", "--memory", "100MiB",
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    work, n_kills = folders[1] / WORK_NAME, 0
-    for pattern in ("*/recording/recording.json", "*/*.safetensors"):  # while recording, while training
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not list(work.glob(pattern)) and process.poll() is None:
-            time.sleep(0.01)
-        n_kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert n_kills == 2
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list((folders[1] / WORK_NAME).glob("*/*.safetensors"))) < 2 and process.poll() is None:
+        time.sleep(0.005)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not GateFile(folders[1] / GATES_NAME).predictors
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["n_tokens"] == report_of(folders[0])["n_tokens"]
+    kept = {path: path.stat().st_mtime_ns for path in (folders[1] / WORK_NAME).glob("*/*.safetensors")}
+    assert 2 <= len(kept) < 4
+    made = hf_flash.calibrate(folders[1], text, **quick)
+    assert made.report == report_of(folders[0]) == report_of(folders[1])
     one, other = ((folder / GATES_NAME).read_bytes() for folder in folders)
     assert one == other
-    assert report_of(folders[0]) == report_of(folders[1])
 
 
 def test_another_text_starts_anew(flash_folder: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:
