@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from hf_flash import card, gate_file, hub, quantizer
-from hf_flash.checkpoint import load_json
+from hf_flash.checkpoint import WEIGHTS_INDEX, load_json
 from hf_flash.config import QUANT_METHOD, FlashConfig
 from hf_flash.corpus import check_text, sequences
 from hf_flash.errors import CheckpointError, DiskFullError, FlashConfigError, MemoryCapError
@@ -34,10 +34,11 @@ from hf_flash.fit import MIN_TOKENS, Fitted, Target, fit
 from hf_flash.format import atomic_text
 from hf_flash.gates import Predictor
 from hf_flash.layout import format_size
-from hf_flash.output import only_writer
+from hf_flash.output import copy_side_files, only_writer
 from hf_flash.preview import Preview, look
 from hf_flash.recording import Recording, record
 from hf_flash.repack import repack
+from hf_flash.save import link
 from hf_flash.store import GATES_NAME, flash_file_names
 
 WORK_NAME = ".calibration"
@@ -59,6 +60,21 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {"folder": str(self.folder), **self.report}
+
+
+@dataclasses.dataclass
+class Findings:
+    """What a recording taught, on its way into the checkpoint.
+
+    Attributes:
+        tensors: of gates.safetensors, by name. header: JSON-able values for its header, by key.
+        report: figures for people, by subject. instead_of: parts of the names of tensors that these replace.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, Any]
+    report: dict[str, Any]
+    instead_of: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -112,11 +128,11 @@ def calibrate(
         ids = _token_ids(folder, text, preview, max_tokens, trust_remote_code)
         work = _work(folder, preview, digest, ids)
         recording = _record(preview, ids, work, trust_remote_code, progress)
-        own, early = _train(recording, work, target, ahead, progress)
-        report = _report(Path(text).name, recording, target, own, ahead, early)
-        _publish(folder, own, early, recording.layers, report)
+        findings = _predictors(recording, work, target, ahead, progress)
+        findings.report = {"text": Path(text).name, "n_tokens": recording.n_tokens, **findings.report}
+        _publish(folder, findings)
         shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
-    return Calibration(folder, report)
+    return Calibration(folder, findings.report)
 
 
 def _folder(
@@ -147,19 +163,15 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """A checkpoint's files in another folder, config.json last; weights are linked where the file system allows it."""
+    """A checkpoint in another folder, config.json last; weights are linked where the file system allows it."""
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted((p for p in source.iterdir() if p.is_file()), key=lambda p: p.name == "config.json")
-    for path in names:
-        temporary = target / (path.name + ".partial")
-        temporary.unlink(missing_ok=True)
-        try:
-            if path.suffix != ".safetensors":
-                raise OSError
-            os.link(path.resolve(), temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, target / path.name)
+    copy_side_files(source, target)
+    for path in source.glob("*.safetensors"):
+        link(path, target / path.name)
+    for name in (WEIGHTS_INDEX, "README.md", "config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / (name + ".partial"))
+            os.replace(target / (name + ".partial"), target / name)
 
 
 def _preview(folder: Path, memory: int | str | None, trust_remote_code: bool) -> Preview:
@@ -273,57 +285,53 @@ def _fitted(recording: Recording, work: Path, seen: str, guessed: str, target: T
     return Fitted(Predictor(**tensors, threshold=figures.pop("threshold")), **figures)
 
 
-def _report(
-    text: str, recording: Recording, target: Target, own: dict[str, Fitted], ahead: Target | None,
-    early: dict[str, tuple[str, Fitted]],
-) -> dict[str, Any]:  # fmt: skip
-    """Figures for config.json and the card: of all layers together, and by layer."""
-
-    def figures(fitted: list[Fitted], aim: Target) -> dict[str, Any]:
-        fired, wanted = sum(f.fired for f in fitted), sum(f.wanted for f in fitted)
-        right = sum(f.fired * f.recall for f in fitted)
-        n = sum(f.n_neurons for f in fitted)
-        shares = {
-            "recall": right / max(1e-9, fired), "precision": right / max(1e-9, wanted), "fired": fired / n,
-            "wanted": wanted / n,
-        }  # fmt: skip
-        return {
-            "target": dataclasses.asdict(aim), **{name: round(value, 5) for name, value in shares.items()},
-            "n_bytes": sum(f.predictor.n_bytes for f in fitted),
-        }  # fmt: skip
-
-    out: dict[str, Any] = {"text": text, "n_tokens": recording.n_tokens}
-    layers = [{"layer": path, **f.to_dict()} for path, f in own.items()]
-    out["predicted"] = {**figures(list(own.values()), target), "layers": layers}
-    if ahead is not None:
-        layers = [{"layer": path, "from": seen, **f.to_dict()} for path, (seen, f) in early.items()]
-        out["lookahead"] = {**figures([f for _, f in early.values()], ahead), "layers": layers}
-    return out
-
-
-def _publish(
-    folder: Path, own: dict[str, Fitted], early: dict[str, tuple[str, Fitted]], layers: list[str],
-    report: dict[str, Any],
-) -> None:  # fmt: skip
-    """Put predictors and figures where readers look for them, each file at once."""
+def _predictors(
+    recording: Recording, work: Path, target: Target, ahead: Target | None, progress: bool
+) -> Findings:  # fmt: skip
+    """Predictors of every layer, and what they are worth."""
+    own, early = _train(recording, work, target, ahead, progress)
     tensors: dict[str, torch.Tensor] = {}
-    for path in layers:
-        tensors |= {f"{path}.predictor.{name}": t for name, t in own[path].predictor.tensors().items()}
+    for path, fitted in own.items():
+        tensors |= {f"{path}.predictor.{name}": t for name, t in fitted.predictor.tensors().items()}
     for path, (_, fitted) in early.items():
         tensors |= {f"{path}.lookahead.{name}": t for name, t in fitted.predictor.tensors().items()}
 
-    def said(predictor: Predictor) -> dict[str, Any]:
-        return {"rank": predictor.rank, "d_model": predictor.inner.shape[1], "threshold": predictor.threshold}
+    def said(p: Predictor) -> dict[str, Any]:
+        return {"rank": p.rank, "d_model": p.inner.shape[1], "threshold": p.threshold}
 
-    metadata = {
-        gate_file.PREDICTORS_KEY: {path: said(own[path].predictor) for path in layers},
+    header = {
+        gate_file.PREDICTORS_KEY: {path: said(fitted.predictor) for path, fitted in own.items()},
         gate_file.LOOKAHEAD_KEY: {path: {"from": seen, **said(f.predictor)} for path, (seen, f) in early.items()},
-        gate_file.CALIBRATION_KEY: report,
     }
+    report = {"predicted": _figures(target, [({"layer": path}, fitted) for path, fitted in own.items()])}
+    if ahead is not None:
+        rows = [({"layer": path, "from": seen}, fitted) for path, (seen, fitted) in early.items()]
+        report["lookahead"] = _figures(ahead, rows)
+    return Findings(tensors, header, report, instead_of=(".predictor.", ".lookahead."))
+
+
+def _figures(target: Target, rows: list[tuple[dict[str, str], Fitted]]) -> dict[str, Any]:
+    """Of all layers together, and by layer."""
+    all_of = [fitted for _, fitted in rows]
+    fired, wanted = sum(f.fired for f in all_of), sum(f.wanted for f in all_of)
+    right, n = sum(f.fired * f.recall for f in all_of), sum(f.n_neurons for f in all_of)
+    shares = {
+        "recall": right / fired if fired else 1.0, "precision": right / wanted if wanted else 1.0,
+        "fired": fired / n, "wanted": wanted / n,
+    }  # fmt: skip
+    return {
+        "target": dataclasses.asdict(target), **{name: round(value, 5) for name, value in shares.items()},
+        "n_bytes": sum(f.predictor.n_bytes for f in all_of), "layers": [{**name, **f.to_dict()} for name, f in rows],
+    }  # fmt: skip
+
+
+def _publish(folder: Path, findings: Findings) -> None:
+    """Put what was found where readers look for it, each file at once."""
+    header = {**findings.header, gate_file.CALIBRATION_KEY: findings.report}
     like = folder / flash_file_names(folder)[0]
-    gate_file.rewrite(folder / GATES_NAME, tensors, metadata, like, instead_of=(".predictor.", ".lookahead."))
+    gate_file.rewrite(folder / GATES_NAME, findings.tensors, header, like, findings.instead_of)
     raw = load_json(folder / "config.json")
-    raw["quantization_config"]["calibration"] = report
-    card.write_calibration(folder, report)
+    raw["quantization_config"]["calibration"] = findings.report
+    card.write_calibration(folder, findings.report)
     with atomic_text(folder / "config.json") as text:
         text.append(json.dumps(raw, indent=2) + "\n")

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels", "scaling")
+QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels", "scaling", "predicted")
 
 
 @pytest.fixture(scope="session")
