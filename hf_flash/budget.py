@@ -158,7 +158,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    share = 256 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
+    share = 128 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
     chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
