@@ -68,7 +68,8 @@ class SparseEngine(Engine):
             y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
-        self._count_ahead(neurons)
+        if len(self._ahead_neurons):
+            self._count_ahead(neurons)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _native(self, call: Callable[..., Any], *args: Any) -> Any:
