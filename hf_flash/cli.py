@@ -17,6 +17,7 @@ from rich.console import Console, Group
 
 from hf_flash import calibration as _calibration
 from hf_flash import doctor as _doctor
+from hf_flash import eval_command as _eval
 from hf_flash.options import (
     MEMORY,
     Active,
@@ -240,6 +241,7 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
 
 
 app.command(rich_help_panel=_RUN, epilog=_doctor.EPILOG)(_doctor.doctor)
+app.command("eval", rich_help_panel=_RUN, epilog=_eval.EPILOG)(_eval.evaluate)
 
 
 @app.command(

@@ -26,16 +26,24 @@ class Scorer:
     Args:
         model: in evaluation mode.
         piece_bytes: memory for logits at a time.
+
+    Attributes:
+        in_pieces: whether the model can give logits of some positions only; one that cannot gives all at once.
     """
 
     def __init__(self, model: Any, piece_bytes: int = PIECE_BYTES) -> None:
         self.model, self._piece_bytes = model, piece_bytes
-        self._in_pieces = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self.in_pieces = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         base = model.base_model
-        self._bodies = [base, *(m for name in ("decoder", "text_model") if (m := getattr(base, name, None)) is not None)]
+        self._bodies = [
+            base,
+            *(m for name in ("decoder", "text_model") if (m := getattr(base, name, None)) is not None),
+        ]
 
     @torch.inference_mode()
-    def score(self, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(
+        self, inputs: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each target at its position.
 
         Args:
@@ -68,7 +76,7 @@ class Scorer:
         arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         vocab = self.model.config.get_text_config(decoder=True).vocab_size
         n = max(1, self._piece_bytes // (ids.shape[0] * vocab * (2 * 4 + self.model.dtype.itemsize)))
-        if not self._in_pieces:
+        if not self.in_pieces:
             logits = self.model(**arguments).logits
             for at in positions.split(n):
                 yield at, logits[:, at].float()
