@@ -4,8 +4,8 @@
     HF_FLASH_MEMORY=1GiB python examples/lm_eval_flash.py --model hf --model_args pretrained=./opt-1.3b-flash \\
         --tasks piqa,arc_easy --batch_size 8
 
-Every option is lm_eval's own. `HF_FLASH_MEMORY` is the cap. A folder that `hf-flash repack` made runs with the gate that
-its config.json names, `auto` where nothing else was written there; and so does a repo of such files.
+Every option is lm_eval's own. `HF_FLASH_MEMORY` is the cap. A folder or repo that `hf-flash repack` made runs with the
+gate that its config.json names, which is `auto` unless somebody wrote another.
 """
 
 from __future__ import annotations

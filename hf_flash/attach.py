@@ -306,11 +306,21 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
             new = _replacement(model.get_submodule(name), path in runtime.plan.packed)
             setattr(model.get_submodule(parent), leaf, new)
         patterns.append(re.escape(f"{path}.weight"))
+    _forget_ties(model, {f"{path}.weight" for path in runtime.tied})
     ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
     # The checkpoint may have been made from the model with a head, or without one.
     model._keys_to_ignore_on_load_unexpected = ignore | {f"^({prefix})?{p.removeprefix(prefix)}$" for p in patterns}
     model._hf_flash = runtime  # type: ignore[assignment]
+
+
+def _forget_ties(model: PreTrainedModel, names: set[str]) -> None:
+    """Let model.tie_weights(), which others call (lm-evaluation-harness does), pass over parameters that are no more."""
+    for path, module in model.named_modules():
+        ties = getattr(module, "_tied_weights_keys", None)
+        if isinstance(module, PreTrainedModel) and isinstance(ties, dict):
+            prefix = f"{path}." if path else ""
+            module._tied_weights_keys = {k: v for k, v in ties.items() if prefix + k not in names}
 
 
 def _replacement(stock: Any, packed: bool) -> nn.Module:

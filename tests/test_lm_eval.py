@@ -44,8 +44,11 @@ metric_list: [{{metric: bits_per_byte}}]
 def tasks(tmp_path: Path) -> Path:
     """A folder with both tasks and their files; nothing of them is fetched from anywhere."""
     pieces = [line.rpartition(" ") for line in OPENINGS]
-    choices = ["of the", "king himself"]
-    lines = [{"context": head, "choices": [tail, *choices], "label": 0} for head, _, tail in pieces]
+    tails = [tail for _, _, tail in pieces]
+    lines = [
+        {"context": head, "choices": [tails[(i + k) % len(tails)] for k in range(6)], "label": 0}
+        for i, (head, _, _) in enumerate(pieces)
+    ]
     (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     lines = [{**line, "choices": [f" {choice}" for choice in line["choices"]]} for line in lines]
     (tmp_path / "ours.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -79,7 +82,7 @@ def test_lm_eval_scores_what_eval_scores(flash_folder: Path, tasks: Path) -> Non
     ).sides[-1]
     assert ours.gates == ["certified"]
     task = ours.tasks["ours"]
-    assert 0.4 < task.acc < 1 and theirs["tiny_questions"]["acc,none"] == pytest.approx(task.acc)
+    assert 0.2 < task.acc < 1 and theirs["tiny_questions"]["acc,none"] == pytest.approx(task.acc)
     assert theirs["tiny_questions"]["acc_norm,none"] == pytest.approx(task.acc_norm)
     bits = ours.texts["text.txt"].to_dict()["bits_per_byte"]
     assert theirs["tiny_text"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
