@@ -20,7 +20,7 @@ a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  stream
 an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit
 a model          attach  repack  save
-what users call  preview  quantizer  patch  verify  contents  profile  calibrate  measures
+what users call  preview  thresholds  quantizer  patch  verify  contents  profile  calibrate  measures
 sessions         session  serve  demo  show  show_speed  evaluate  show_eval
 programs         options  terminal  doctor  calibration  eval_command  cli  __init__  __main__
 """

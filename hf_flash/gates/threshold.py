@@ -1,16 +1,16 @@
 """Gate `threshold`: leave out neurons whose activation is small, for activations that are never exactly zero.
 
-SiLU and GELU models have no silent neurons, but many that whisper. CATS (arXiv:2404.08763) cuts them: with a threshold t
-per layer, set on a text so that a stated share of the activations falls below it (the sparsity),
+SiLU and GELU models have no silent neurons, but many that whisper. CATS (arXiv:2404.08763) cuts them: with a threshold
+t per layer, set on a text so that a stated share of the activations falls below it (the sparsity),
 
     y = down((a * [|a| > t]) * up(x)),  a = act(gate(x)),  and without a gate  y = down(a * [|a| > t]),  a = act(up(x)).
 
-**This changes the model's answers.** So it is never chosen unless asked for by name; docs/quality.md has what it costs.
+**This changes the model's answers.** So it is never chosen unless asked for by name; docs/quality.md has the price.
 
-Which neurons are above the threshold is not known before their gate rows are read, so the sketch that the certified gate
-uses guesses: a neuron is read where the activation of its estimated pre-activation is above. Once the row is there,
-the true value decides, in the model's own arithmetic. So the result is that of the formula, but for neurons that the
-sketch wrongly left out, whose true activation is just above the threshold: the sketch's error is small beside it.
+Which neurons are above the threshold is not known before their gate rows are read, so the sketch that the certified
+gate uses guesses: a neuron is read where the activation of its estimated pre-activation is above. Once the row is
+there, the true value decides, in the model's own arithmetic. So the result is that of the formula, but for neurons that
+the sketch wrongly left out, whose true activation is just above the threshold: the sketch's error is small beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hf_flash.ops import Activation
 from hf_flash.plan import IntArray
 
 SCORE_TOKENS = 1024  # tokens scored at a time: bounds the scratch memory
+DEFAULT_SPARSITY = 0.5
 _REACH, _GRID = 64.0, 1 << 14  # where |activation| crosses a threshold is looked for in -64 .. 64
 
 
@@ -87,7 +88,7 @@ class ThresholdGate:
         return out
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
-        """Which neurons any of some tokens is estimated to need, and which the last one is; natively where that is built.
+        """Which neurons any of some tokens is estimated to need, and which the last one is; natively where built.
 
         Args:
             x: [n_tokens, d_model]. bias: [n_neurons] or None.
@@ -128,6 +129,19 @@ class ThresholdGate:
         for low, high in dips:
             wanted = wanted | (above(low) & ~above(high))
         return wanted
+
+
+def threshold_at(levels: torch.Tensor, sparsity: float) -> float:
+    """The threshold for a sparsity, from a table for 1 %, 2 %, ... of the activations; straight lines between them."""
+    at = sparsity * (len(levels) + 1) - 1
+    low = min(max(int(at), 0), len(levels) - 2)
+    a, b = levels[low].item(), levels[low + 1].item()
+    return max(0.0, a + (b - a) * (at - low))
+
+
+def scratch_bytes(d_model: int) -> int:
+    """DRAM that scoring takes: inputs in float32, rows of the sketch, scores and what is made of them."""
+    return SCORE_TOKENS * (d_model + 4 * BLOCK_NEURONS) * 4 + BLOCK_NEURONS * d_model * 8
 
 
 def crossings(activation: Activation, threshold: float) -> list[tuple[float, float]] | None:
