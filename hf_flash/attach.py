@@ -238,7 +238,7 @@ def _check_thresholds(path: str, is_zero_below: bool, geometry: Geometry) -> Non
     """Refuse gate `threshold` where it cannot be had; where it can, say once that it costs quality."""
     if is_zero_below:
         raise FlashConfigError(
-            f"gate='threshold' is for activations that are never exactly zero (SiLU, GELU); {path} has one that is. Use "
+            f"gate='threshold' is for activations that are never exactly zero (SiLU, GELU); that of {path} is. Use "
             "gate='certified', which loses nothing, or leave it 'auto'."
         )
     if not (geometry.thresholds and geometry.sketch_bits):
@@ -247,8 +247,8 @@ def _check_thresholds(path: str, is_zero_below: bool, geometry: Geometry) -> Non
             "calibrate FOLDER --text FILE` (a folder that `hf-flash repack` wrote), or leave the gate 'auto'."
         )
     logger.warning_once(
-        "gate='threshold' drops activations below a threshold: answers differ from the model's. `hf-flash eval` measures "
-        "by how much."
+        "gate='threshold' drops activations below a threshold: answers differ from the model's. `hf-flash eval` "
+        "measures by how much."
     )
 
 
@@ -348,7 +348,7 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
 
 
 def _forget_ties(model: PreTrainedModel, names: set[str]) -> None:
-    """Let model.tie_weights(), which others call (lm-evaluation-harness does), pass over parameters that are no more."""
+    """Let model.tie_weights(), which others call (lm-evaluation-harness does), pass over what is no parameter now."""
     for path, module in model.named_modules():
         ties = getattr(module, "_tied_weights_keys", None)
         if isinstance(module, PreTrainedModel) and isinstance(ties, dict):

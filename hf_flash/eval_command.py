@@ -38,6 +38,13 @@ def evaluate(
             help="As in run; a column each. Default: auto. May be given several times.",
         ),
     ] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="SHARE", show_default=False, rich_help_panel=MEMORY,
+            help="Of gate threshold; a column each. Default: 0.5. May be given several times.",
+        ),
+    ] = None,
     memory: Memory = None,
     dense: Annotated[
         str | None,
@@ -93,7 +100,8 @@ def evaluate(
     from hf_flash.show_eval import report_view
 
     evaluation = Evaluation(
-        model, text=text, tasks=tasks or (), gates=tuple(dict.fromkeys(gate or ["auto"])), memory=memory, dense=dense,
+        model, text=text, tasks=tasks or (), gates=gate or ("auto",), sparsities=sparsity or (),
+        memory=memory, dense=dense,
         window=window, stride=stride, batch_size=batch_size, limit=limit, max_tokens=max_tokens, decode=decode,
         dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip

@@ -90,7 +90,7 @@ class Evaluation:
     Args:
         model: folder or Hub repo, stock or flash.
         text, tasks: files.
-        gates: each a column: those of FlashConfig.
+        gates: each a column: those of FlashConfig. sparsities: of gate `threshold`, each a column.
         memory: the cap of the flash sides.
         dense: the stock model, where `model` is a flash checkpoint.
         window, stride, batch_size: of a pass; by default 1024 tokens or what the model takes, the window, and 1.
@@ -108,6 +108,7 @@ class Evaluation:
     def __init__(
         self, model: str | os.PathLike[str], *, text: str | os.PathLike[str] | None = None,
         tasks: Sequence[str | os.PathLike[str]] = (), gates: Sequence[str] = ("auto",),
+        sparsities: Sequence[float] = (),
         memory: int | str | None = None, dense: str | os.PathLike[str] | None = None, window: int | None = None,
         stride: int | None = None, batch_size: int = 1, limit: int | None = None, max_tokens: int | None = None,
         decode: int = 0, dtype: str | torch.dtype | None = None, revision: str | None = None,
@@ -134,10 +135,16 @@ class Evaluation:
         if decode and self._text is not None and len(self._text.ids) < self._n_prompt + decode + 1:
             raise TextError(f"{text} is too short to decode {decode} tokens after {self._n_prompt}. Lower --decode.")
         options = {"memory": first.config.cap(), "context": window, "batch_size": batch_size}  # "what is free" once
-        self._flash = {gate: _with_gate(first, gate, options) for gate in gates}
+        if sparsities and "threshold" not in gates:
+            raise FlashConfigError("--sparsity is for --gate threshold, which was not asked for.")
+        self._flash: dict[str, Preview] = {}
+        for gate in gates:
+            for share in (sparsities if gate == "threshold" else ()) or (None,):
+                name = gate if share is None else f"{gate} {share:.0%}"
+                self._flash[name] = _with_gate(first, gate, share, options)
         self._dense, self._why = self._find_dense(first, dense)
         if self._dense is None and "all" not in self._flash:
-            self._flash = {"all": _with_gate(first, "all", options), **self._flash}
+            self._flash = {"all": _with_gate(first, "all", None, options), **self._flash}
         for preview in self._flash.values():
             planned(preview)
         dtype_name = str(first.skeleton.dtype).removeprefix("torch.")
@@ -256,10 +263,11 @@ def _window(preview: Preview, window: int | None) -> int:
     return window
 
 
-def _with_gate(preview: Preview, gate: str, options: dict[str, Any]) -> Preview:
+def _with_gate(preview: Preview, gate: str, sparsity: float | None, options: dict[str, Any]) -> Preview:
     """A preview with another gate.
 
     Raises:
         FlashConfigError: there is no such gate.
     """
-    return preview.with_options(gate=FlashConfig(gate=gate).gate, **options)
+    FlashConfig(gate=gate, sparsity=sparsity)
+    return preview.with_options(gate=gate, sparsity=sparsity, **options)

@@ -1,9 +1,9 @@
 """Thresholds for the gate `threshold`, from what a model's activations are on a text.
 
-Per layer the magnitudes |act(gate x)| of all neurons and tokens are counted in bins as fine as bfloat16, 32,768 of them:
-exact for a model that computes in it, within a 256th otherwise, and memory does not grow with the text. What is kept is
-a table of 99 thresholds, those that 1 % to 99 % of the activations do not exceed; which of them is used is
-said when the model is loaded.
+Per layer the magnitudes |act(gate x)| of all neurons and tokens are counted in bins as fine as bfloat16, 32,768 of
+them: exact for a model that computes in it, within a 128th otherwise, and memory does not grow with the text. What is
+kept is a table of 99 thresholds, those that 1 % to 99 % of the activations do not exceed; which of them is used is said
+when the model is loaded.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def add_thresholds(folder: Path) -> None:
     rewrite(
         folder / GATES_NAME,
         {f"{path}.thresholds": table for path, table in levels.items()},
-        {GATES_KEY: thresholds.kinds(model, 8), THRESHOLDS_KEY: dict.fromkeys(levels, {"levels": 99})},
+        {GATES_KEY: thresholds.kinds(model, 8), THRESHOLDS_KEY: {path: {"levels": 99} for path in levels}},
         folder / flash_file_names(folder)[0],
         later=thresholds.sketches(model, 8, progress=False),
     )
