@@ -56,6 +56,8 @@ def calibrate(
 ) -> None:
     """Train the predictors of the gate `predicted` on a text, for a model that need not fit into memory.
 
+    For SiLU and GELU models, which have nothing to predict, it sets the thresholds of the gate `threshold` instead.
+
     Runs the repacked model under the cap, records on disk what its neurons do, and trains layer by layer. Writes
     gates.safetensors and a report with recall, precision and neurons read by layer. An interrupted run goes on where it
     stopped when the same command is given again.
@@ -68,7 +70,8 @@ def calibrate(
         max_tokens=max_tokens, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     report(made.to_dict(), _view(made.report), as_json)
-    hint(f"next: hf-flash run {made.folder} --gate predicted --memory SIZE --prompt TEXT")
+    gate = "threshold --sparsity 0.5" if "threshold" in made.report else "predicted"
+    hint(f"next: hf-flash run {made.folder} --gate {gate} --memory SIZE --prompt TEXT")
 
 
 def _view(figures: dict[str, Any]) -> RenderableType:
@@ -93,5 +96,15 @@ def _view(figures: dict[str, Any]) -> RenderableType:
         shares = (f"{part['recall']:.2%}", f"{part['precision']:.1%}", f"{part['wanted']:.2%}", f"{part['fired']:.2%}")
         table.add_section()
         table.add_row("all", "", *shares, "", format_size(part["n_bytes"]))
+        tables.append(table)
+    if "threshold" in figures:
+        part = figures["threshold"]
+        size = format_size(part["n_bytes"])
+        table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
+        columns = list(part["layers"][0])
+        for column in columns:
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for row in part["layers"]:
+            table.add_row(*(str(row[column]) for column in columns))
         tables.append(table)
     return Group(*tables)

@@ -16,7 +16,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-QUESTIONS = ("footprint", "cap", "generate", "load", "certified", "tokens", "reads", "kernels", "scaling", "predicted")
+QUESTIONS = (
+    "footprint",
+    "cap",
+    "generate",
+    "load",
+    "certified",
+    "tokens",
+    "reads",
+    "kernels",
+    "scaling",
+    "predicted",
+    "threshold",
+)
 
 
 @pytest.fixture(scope="session")
