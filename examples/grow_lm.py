@@ -26,7 +26,9 @@ def check_growth(small: OPTForCausalLM, large: OPTForCausalLM) -> None:
     if b.hidden_size % a.hidden_size:
         sys.exit(f"--d-model {b.hidden_size}: must be a multiple of {a.hidden_size}, the width of --grow.")
     if b.hidden_size // b.num_attention_heads != (dim := a.hidden_size // a.num_attention_heads):
-        sys.exit(f"--heads {b.num_attention_heads}: heads must be {dim} wide as in --grow: --heads {b.hidden_size // dim}.")
+        sys.exit(
+            f"--heads {b.num_attention_heads}: heads must be {dim} wide as in --grow: --heads {b.hidden_size // dim}."
+        )
     for option, name in (("layers", "num_hidden_layers"), ("ffn", "ffn_dim")):
         if getattr(b, name) < getattr(a, name):
             sys.exit(f"--{option} {getattr(b, name)}: --grow has {getattr(a, name)} already. Ask for as many or more.")

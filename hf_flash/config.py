@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ GATES = ("auto", "all", "certified")
 MEMORY_VARIABLE = "HF_FLASH_MEMORY"
 DEFAULT_CONTEXT = 1024
 CERTIFIED_BITS = range(4, 9)
+ABLATIONS = ("residents", "window", "bundling", "overlap")
 
 NOTICE = (
     "The FFN weights of this model are in flash-*.safetensors. `pip install hf_flash` and `import hf_flash` before "
     "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
 )
 LOADING_ATTRIBUTES = (
-    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "n_threads", "cache_dir",
+    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "n_threads", "cache_dir", "without",
 )  # fmt: skip
 
 
@@ -52,6 +53,10 @@ class FlashConfig(QuantizationConfigMixin):
         n_threads (`int`, defaults to 8): reads in flight.
         cache_dir (`str`, *optional*): where stock checkpoints are repacked to. Default: `HF_FLASH_CACHE`, else
             `hf_flash` inside the Hugging Face cache folder.
+        without (collection of `str`, *optional*): what to switch off to measure what it gives (`hf-flash bench
+            --ladder` does): `"residents"`, nothing stays in DRAM that a token can read; `"window"`, no neuron stays
+            from one token to the next; `"bundling"`, a neuron's matrices are read apart; `"overlap"`, nothing is read
+            during arithmetic, and a layer's step is taken one call after the other. The answers are the same.
 
     Example:
         >>> AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b", quantization_config=FlashConfig(memory="1.5GiB"))
@@ -69,6 +74,7 @@ class FlashConfig(QuantizationConfigMixin):
         window: int = 5,
         n_threads: int = 8,
         cache_dir: str | os.PathLike[str] | None = None,
+        without: Collection[str] = (),
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -77,6 +83,7 @@ class FlashConfig(QuantizationConfigMixin):
         self.context, self.batch_size = context, batch_size
         self.exact, self.window, self.n_threads = exact, window, n_threads
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        self.without = (without,) if isinstance(without, str) else tuple(without)
         kwargs.pop("quant_method", None)
         self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
         self._check()
@@ -91,6 +98,10 @@ class FlashConfig(QuantizationConfigMixin):
         for name in ("batch_size", "n_threads", "window"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, 1 or more.")
+        if unknown := sorted(set(self.without) - set(ABLATIONS)):
+            raise FlashConfigError(
+                f"without={unknown[0]!r} is unknown. Choose among {', '.join(map(repr, ABLATIONS))}."
+            )
         if not isinstance(self.exact, bool):
             raise FlashConfigError(f"exact={self.exact!r} must be True or False.")
         if self.context is not None and (type(self.context) is not int or self.context < 1):

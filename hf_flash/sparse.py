@@ -33,16 +33,17 @@ class SparseEngine(Engine):
         cache: slots in DRAM.
         batch_rows: rows computed on at a time (bounds the scratch memory).
         work: scratch shared by all layers, used under `work.lock`.
+        one_call: take a few tokens in one native call, where that can be had.
     """
 
     def __init__(
         self, store: FlashStore, layer: FlashLayer, gate: CertifiedGate, cache: NeuronCache,
-        batch_rows: int, work: WorkBuffers, stats: FlashStats,
+        batch_rows: int, work: WorkBuffers, stats: FlashStats, one_call: bool = True,
     ) -> None:  # fmt: skip
         self.layer, self.gate, self.cache = layer, gate, cache
         self._store, self._work, self._stats = store, work, stats
         self._batch_rows = batch_rows
-        self._step = NativeStep(store, layer, gate, cache, stats) if NativeStep.can(store, layer) else None
+        self._step = NativeStep(store, layer, gate, cache, stats) if one_call and NativeStep.can(store, layer) else None
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
@@ -167,7 +168,7 @@ class SparseEngine(Engine):
             try:
                 if self._step is not None:
                     self._step.land()
-                self.cache.window.tick(n_tokens)
+                self.cache.begin(n_tokens)
                 yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
                 if self._step is not None:

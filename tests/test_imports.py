@@ -21,11 +21,12 @@ rows in DRAM     cache  stream
 an FFN           step  engine  sweep  sparse  linear  ffn  early
 a model          attach  repack  save
 what users call  preview  quantizer  patch  verify  contents  profile
-programs         session  serve  demo  show  show_speed  options  terminal  doctor  cli  __init__  __main__
+programs         session  serve  demo  ladder  show  show_speed  options  terminal
+commands         doctor  bench  cli  __init__  __main__
 """
 
 # A command imports torch and transformers only when it needs them, and with them most of our own modules.
-IMPORTS_IN_FUNCTIONS = {"cli", "doctor"}
+IMPORTS_IN_FUNCTIONS = {"bench", "cli", "doctor"}
 
 PACKAGE = Path(hf_flash.__file__).parent
 
