@@ -3,7 +3,7 @@
 A ReLU in place of a SiLU breaks a model, which never saw zeros there. Little training mends most of it ("ReLU Strikes
 Back", arXiv 2310.04564). Here the student learns the whole distribution that its former self has for each token:
 
-    KL(original || student) + hidden_weight * error of hidden states + penalty * sum over layers of mean |activation|
+    KL(original || student) + hidden weight * error of hidden states + penalty * sum over layers of mean |activation|
 
 The last term is ProSparse's (arXiv 2402.13516): ramped in along a sine once the model has recovered somewhat, it
 silences neurons that matter little. --shift begins with ReLU(x - shift), which silences more from the start; the shift
