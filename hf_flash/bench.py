@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ def bench(
         str | None,
         typer.Option(
             "--memory", "-m", metavar="SIZE", rich_help_panel=MEMORY, show_default=False,
-            help="Cap on all that the model takes, such as 4GiB. Default: room for half of its weights.",
+            help="Cap on all that the model takes, such as 4GiB. Default: HF_FLASH_MEMORY, else half of the weights.",
         ),
     ] = None,
     ladder: Annotated[
@@ -47,11 +48,11 @@ def bench(
     quiet()
     from hf_flash import ladder as steps
     from hf_flash import session, show_speed
-    from hf_flash.config import FlashConfig
+    from hf_flash.config import MEMORY_VARIABLE, FlashConfig
     from hf_flash.preview import look
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    preview = look(model, FlashConfig(memory), dtype=dtype, **options)
+    preview = look(model, FlashConfig(memory or os.environ.get(MEMORY_VARIABLE)), dtype=dtype, **options)
     vocab = preview.skeleton.config.get_text_config(decoder=True).vocab_size
     try:
         inputs = session.encode(session.load_tokenizer(model, **options), prompt or steps.PROMPT, raw=True)

@@ -208,7 +208,7 @@ def _run(
     n = n_new_tokens(rung, n_tokens)
     clock = _Clock(runtime_of(model).stats, bar)
     with torch.inference_mode(), profile(model) as profiled:
-        out = model.generate(
+        model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=1, max_new_tokens=n, min_new_tokens=n,
             streamer=clock,
         )  # fmt: skip
@@ -216,7 +216,7 @@ def _run(
     row = _row(rung, profiled.recorder.spans, clock.marks[-2 - n_tokens :], n_tokens, resident)
     del model
     gc.collect()  # the next rung needs its memory
-    return row, out[0, ids.shape[1] :].tolist()
+    return row, clock.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,17 +230,19 @@ class _Mark:
 
 
 class _Clock(BaseStreamer):
-    """Notes the counters at each new token."""
+    """Notes each new token, and the counters then."""
 
     def __init__(self, stats: Any, bar: Any) -> None:
         self._stats, self._bar, self._prompt = stats, bar, True
         self.marks: list[_Mark] = []
+        self.tokens: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, then one token at a time, from generate()."""
         if not self._prompt:
             s = self._stats
             self.marks.append(_Mark(time.perf_counter(), s.bytes_read, s.n_reads, s.cache_bytes))
+            self.tokens += value.flatten().tolist()
             self._bar.update()
         self._prompt = False
 
