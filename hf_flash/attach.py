@@ -37,7 +37,7 @@ from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import return_large_blocks, shares, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
-from hf_flash.readers import open_reader
+from hf_flash.readers import UnbundledReader, open_reader
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
@@ -371,8 +371,13 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     return_large_blocks()
     config, plan, stats = runtime.config, runtime.plan, runtime.stats
     reader = open_reader(n_threads=config.n_threads)
-    runtime.store = store = FlashStore(runtime.files, reader)
-    stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
+    apart = "bundling" in config.without
+    n_matrices = 3 if any(block.gate is not None for block in runtime.blocks) else 2
+    runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)
+    overlap = "overlap" not in config.without
+    stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats, overlap)
+    window = 0 if "window" in config.without else config.window
+    one_call = overlap and window > 0
     work = WorkBuffers()
     gates = GateFile(runtime.gates_file) if runtime.gates_file else None
     memory = _cache_memory(runtime, store)
@@ -389,17 +394,17 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             else:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime)
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, memory[name])
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), window, stats, memory[name])
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
-                module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
+                module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
-    if config.lookahead:
+    if config.lookahead and overlap:
         assert gates is not None
         _look_ahead(model, runtime, gates)
-    else:
+    elif overlap:
         early.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
@@ -490,7 +495,8 @@ def plan_for(
     Raises:
         MemoryCapError: the cap is too small; names the smallest that would do.
     """
-    return make_plan(demand_of(model, blocks, geometry, config, located), config.cap())
+    demand = demand_of(model, blocks, geometry, config, located)
+    return make_plan(demand, config.cap(), "residents" not in config.without)
 
 
 assert MAX_CHUNK_BYTES % 4096 == 0

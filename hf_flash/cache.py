@@ -44,7 +44,7 @@ class NeuronCache:
         store: where missing bundles come from.
         layer: whose bundles.
         n_slots: bundles that fit; with n_slots >= n_neurons everything read once stays.
-        window: k, tokens whose neurons stay before any other.
+        window: k, tokens whose neurons stay before any other; 0 keeps no neuron from one pass to the next.
         stats: where hits and reads are counted.
         memory: [n_slots * row_bytes] uint8, page-aligned, to begin with; memory of its own without.
     """
@@ -86,6 +86,14 @@ class NeuronCache:
         if n_used != self.n_used:
             self._stats.add(cache_bytes=(n_used - self.n_used) * self.layer.layout.row_bytes)
         self.n_used, self.window.clock = n_used, clock
+
+    def begin(self, n_tokens: int) -> None:
+        """A pass of `n_tokens` tokens begins."""
+        self.window.tick(n_tokens)
+        if self._window == 0:
+            self._drop(np.arange(self.n_used))
+            self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
+            self.n_used = 0
 
     def cached(self, neurons: IntArray) -> IntArray:
         """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
