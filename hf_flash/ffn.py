@@ -110,13 +110,17 @@ class FlashFFN(nn.Module):
             )
         if self.stats is not None:
             self._count(x.numel() // x.shape[-1])
-        x = ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
+        x = self.cast(x)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             y = self.engine.forward(x, self.own_activation, self.biases())
         else:
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
         return y + residual[0] if self.block.takes_residual and residual else y
+
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the dtype that the stock block would compute in."""
+        return ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
 
     def _count(self, n_tokens: int) -> None:
         """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""

@@ -54,10 +54,22 @@ def hidden(
     Returns:
         [..., n], dtype of x.
     """
-    u = F.linear(x, up.to(x.dtype), None if up_bias is None else up_bias.to(x.dtype))
     if gate is None:
-        return act(u)
-    return act(F.linear(x, gate.to(x.dtype), None if gate_bias is None else gate_bias.to(x.dtype))) * u
+        return activations(x, up, act, up_bias)
+    u = F.linear(x, up.to(x.dtype), None if up_bias is None else up_bias.to(x.dtype))
+    return activations(x, gate, act, gate_bias) * u
+
+
+def activations(x: torch.Tensor, rows: torch.Tensor, act: Activation, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What the activation gives: of the gate rows of some neurons, or of their up rows where there is no gate.
+
+    Args:
+        x: [..., d_model]. rows: [n, d_model], any dtype; computed in x's. bias: [n] or None.
+
+    Returns:
+        [..., n], dtype of x. A neuron whose entry is zero adds nothing to the FFN's output.
+    """
+    return act(F.linear(x, rows.to(x.dtype), None if bias is None else bias.to(x.dtype)))
 
 
 def project(h: torch.Tensor, down: torch.Tensor, down_bias: torch.Tensor | None = None) -> torch.Tensor:
