@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_flash import early
+from hf_flash.balance import Balance
 from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
-from hf_flash.engine import WorkBuffers
+from hf_flash.engine import Engine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
@@ -31,7 +32,7 @@ from hf_flash.format import SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.memory import return_large_blocks, shares, trim_malloc
+from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.sparse import SparseEngine
@@ -60,6 +61,7 @@ class FlashRuntime:
     Attributes:
         config, plan, stats: as the user sees them.
         store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
+        balances: of the layers whose caches share memory.
         located: where the resident tensors lie.
         tied: path of a head that is streamed or packed -> path of the embedding that it is.
         stored_paths: module path -> its name on flash, where the checkpoint was made from another class of the model.
@@ -73,6 +75,7 @@ class FlashRuntime:
         self.files: dict[str, Path] = {}
         self.gates_file: Path | None = None
         self.store: FlashStore | None = None
+        self.balances: list[Balance] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashRuntime:
         return self
@@ -322,7 +325,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     runtime.store = store = FlashStore(runtime.files, reader)
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
     work = WorkBuffers()
-    sketches, memory = _Sketches(runtime.gates_file), _cache_memory(runtime, store)
+    sketches = _Sketches(runtime.gates_file)
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
@@ -338,13 +341,18 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 gate = CertifiedGate(
                     sketches.load(layer.path, plan.gate_bits), config.delta, threshold, layer.layout.dtype
                 )
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, memory[name])
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
             if module is first:
                 module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
+    runtime.balances = _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
+    for module in model.modules():
+        if isinstance(module, FlashFFN):
+            module.on_pass = [balance.pass_begins for balance in runtime.balances]
+            break
     early.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
@@ -356,13 +364,13 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _cache_memory(runtime: FlashRuntime, store: FlashStore) -> dict[str, torch.Tensor]:
-    """Memory for the slots of every certified layer, side by side."""
-    sizes = {}
-    for path, n_slots in runtime.plan.slots.items():
-        layer = store.layers[runtime.stored_paths.get(path, path)]
-        sizes[path] = min(max(1, n_slots), layer.n_neurons) * layer.layout.row_bytes
-    return dict(zip(sizes, shares(list(sizes.values())), strict=True))
+def _share_slots(engines: Sequence[Engine | None]) -> list[Balance]:
+    """One memory of slots for all layers whose rows have one size."""
+    sizes: dict[int, list[SparseEngine]] = {}
+    for engine in engines:
+        if isinstance(engine, SparseEngine):
+            sizes.setdefault(engine.layer.layout.row_bytes, []).append(engine)
+    return [Balance(some, [engine.cache.n_slots for engine in some]) for some in sizes.values()]
 
 
 def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class FlashFFN(nn.Module):
         self.block = block
         self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
+        self.on_pass: Sequence[Callable[[], None]] = ()  # set there too: called when a pass of the model begins
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
@@ -126,6 +127,8 @@ class FlashFFN(nn.Module):
         """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""
         assert self.stats is not None
         self.stats.add(n_tokens=n_tokens, n_forwards=1)
+        for call in self.on_pass:
+            call()
         if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
             trim_malloc()
         self.trim = n_tokens > MAX_TOKENS

@@ -57,6 +57,8 @@ class SparseEngine(Engine):
             trace.active.add(trace.GATE, t0, t1, self.layer.path, wanted=len(neurons))
         few = native.available() and flat.shape[0] <= native.MAX_TOKENS
         code = native.activation_code(act, flat.dtype) if few else None
+        if flat.shape[0] <= native.MAX_TOKENS:
+            self.cache.largest = max(self.cache.largest, len(neurons))
         if code is not None and self.cache.fits(neurons):
             y, n_fired = self._few_tokens(flat, code, biases, neurons)
         else:
@@ -75,6 +77,15 @@ class SparseEngine(Engine):
                 self._step.settle()
                 self.cache.reset()
                 raise
+
+    def land(self) -> None:
+        """Wait for what was read early: then no read into the slots is under way. Hold the cache's lock.
+
+        Raises:
+            ReadError: one failed.
+        """
+        if self._step is not None:
+            self._native(self._step.land)
 
     @property
     def steps(self) -> bool:
@@ -202,7 +213,7 @@ class SparseEngine(Engine):
         slots = self.cache.cached(neurons)
         here = slots >= 0
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))
-        self.cache.window.use(slots[here])
+        self.cache.window.use(recent)
         missing = neurons[~here]
         batches = [missing[i : i + self._batch_rows] for i in range(0, len(missing), self._batch_rows)]
         ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []
