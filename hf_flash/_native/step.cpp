@@ -87,7 +87,7 @@ const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on
 int land_early(Step *s) {
   const int result = land(s, &s->early);
   for (int64_t i = 0; i < s->n_early && !result; i++)
-    if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->clock - s->window;
+    if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->clock - s->window - 1;
   return result;
 }
 
