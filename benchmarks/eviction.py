@@ -288,8 +288,9 @@ def print_found(found: dict[str, Any], row_bytes: int, args: Any) -> None:
     print(common.table([*rows, line(OURS), *map(line, POLICIES)]))
     for w in found["windows"]:
         most, mean = w["most"] / found["n_neurons"], w["mean"] / found["n_neurons"]
+        kb = w["read"] * row_bytes / 1e3
         print(
-            f"the paper's window, k={w['k']}: {w['read'] * row_bytes / 1e3:.1f} KB in {most:.0%} at most, {mean:.0%} mean"
+            f"the paper's window, k={w['k']}: {kb:.1f} KB in {most:.0%} of the neurons at most, {mean:.0%} on average"
         )
     for name in ("half_lives", "periods"):
         cells = ", ".join(f"{k}: {n * row_bytes / 1e3:.1f}" for k, n in found[name].items())
