@@ -152,9 +152,12 @@ def alone(trace: Trace, n: int, n_slots: int, policy: Any, warm: int) -> float:
 
 def balanced(
     traces: Sequence[Trace], sizes: Sequence[int], n_slots: Sequence[int], warm: int, half_life: float = 32.0,
-    every: int | None = None,
+    every: int | None = None, missed: list[list[np.ndarray]] | None = None,
 ) -> float:  # fmt: skip
-    """Neurons read per token by all layers, with hf_flash's own account of use and division of slots."""
+    """Neurons read per token by all layers, with hf_flash's own account of use and division of slots.
+
+    What each token reads, layer by layer, is appended to `missed`, once the caches are warm.
+    """
     from hf_flash.balance import EVERY_PASSES, FIRST_PASSES, divide
     from hf_flash.window import Window
 
@@ -180,6 +183,8 @@ def balanced(
                 cache.n_slots = int(k)
                 cache.shrink()
             largest = largest * 7 // 8
+        if missed is not None and t >= warm:
+            missed.append([trace[t][~cache.held[trace[t]]] for cache, trace in zip(caches, traces, strict=True)])
         read.append(sum(cache.token(trace[t]) for cache, trace in zip(caches, traces, strict=True)))
         largest = np.maximum(largest, [len(trace[t]) for trace in traces])
     return float(np.mean(read[warm:]))

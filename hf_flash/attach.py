@@ -28,7 +28,7 @@ from hf_flash.engine import Engine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import SOURCE_KEY, TensorFile, read_header
+from hf_flash.format import ORDER_KEY, SOURCE_KEY, TensorFile, read_header
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
@@ -37,7 +37,7 @@ from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
-from hf_flash.store import DTYPES, Extent2D, FlashStore, layers_of, layout_of, read_checked
+from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashStore, layers_of, layout_of, read_checked
 from hf_flash.stream import Stream
 from hf_flash.sweep import SweepEngine
 
@@ -142,10 +142,20 @@ def match_sources(files: Iterable[Path]) -> None:
         CheckpointError: names two files that do not belong together.
     """
     seen: dict[str, Path] = {}
+    orders: dict[str, Path] = {}
     for path in files:
-        origin = read_header(path).metadata.get(SOURCE_KEY)
+        metadata = read_header(path).metadata
+        origin = metadata.get(SOURCE_KEY)
         if origin is not None:
             seen.setdefault(origin.partition("-")[0], path)
+        if LAYERS_KEY in metadata or GATES_KEY in metadata:  # what has a row for every neuron
+            orders.setdefault(metadata.get(ORDER_KEY, ""), path)
+    if len(orders) > 1:
+        one, other = list(orders.values())[:2]
+        raise CheckpointError(
+            f"{one} and {other.name} have their neurons in different orders and do not belong together. Fetch the repo "
+            "again, or repack the checkpoint into a new folder."
+        )
     if len(seen) > 1:
         one, other = list(seen.values())[:2]
         raise CheckpointError(
@@ -331,6 +341,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         if isinstance(module, FlashFFN):
             name = module.block.path
             layer = store.layers[runtime.stored_paths.get(name, name)]
+            module.order = layer.order
             if plan.gates[name] == "all":
                 rows = plan.pinned_rows[name]
                 module.engine = SweepEngine(

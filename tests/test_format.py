@@ -141,7 +141,7 @@ def rewrite_header(path: Path, change) -> None:
     path.write_bytes(raw[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(n) + raw[8 + n :])
 
 
-@pytest.mark.parametrize("version", ["3", "10", "0", ""])
+@pytest.mark.parametrize("version", ["4", "10", "0", ""])
 def test_another_format_version_is_refused(whole: Path, version: str) -> None:
     """Readers took any version for their own."""
     rewrite_header(whole, lambda header: header["__metadata__"].update({"hf_flash.format_version": version}))

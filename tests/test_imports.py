@@ -18,7 +18,7 @@ what there is    layout  config  window  budget  check
 files            format  readers  gates  card
 a checkpoint     store  checkpoint  hub  output  probe  estimate
 rows in DRAM     cache  stream
-an FFN           step  engine  sweep  sparse  linear  ffn  early  tap  recording  balance
+an FFN           step  engine  sweep  sparse  linear  ffn  early  tap  recording  balance  order
 a model          attach  repack  save
 what users call  preview  quantizer  patch  verify  contents  profile
 programs         session  serve  demo  show  show_speed  options  terminal  doctor  cli  __init__  __main__
