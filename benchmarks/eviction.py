@@ -213,6 +213,7 @@ POLICIES: dict[str, Callable[[int, int, np.ndarray], Any]] = {  # of n neurons, 
     "LFU aged, evicted ones remembered": lambda n, k, hot: Frequent(n, 32, remembers=True),
 }
 OURS, CEILING, CEILING_EACH = "hf_flash: that, slots by layer", "optimum, one pool", "optimum, each layer alone"
+LRU_POOL = "LRU, one pool"
 
 
 def one_pool(traces: Sequence[Trace], sizes: Sequence[int]) -> Trace:
@@ -224,10 +225,11 @@ def one_pool(traces: Sequence[Trace], sizes: Sequence[int]) -> Trace:
 def compare(traces: Sequence[Trace], sizes: Sequence[int], hot: Sequence[np.ndarray], args: Any) -> dict[str, Any]:
     """Neurons read per token: policy -> one figure a share."""
     pool, warm, n_all = one_pool(traces, sizes), args.warm, sum(sizes)
-    found: dict[str, list[float]] = {name: [] for name in (CEILING, CEILING_EACH, OURS, *POLICIES)}
+    found: dict[str, list[float]] = {name: [] for name in (CEILING, CEILING_EACH, OURS, LRU_POOL, *POLICIES)}
     for share in args.shares:
         n_slots = [max(1, int(n * share)) for n in sizes]
         found[CEILING].append(alone(pool, n_all, sum(n_slots), Optimum(n_all, pool), warm))
+        found[LRU_POOL].append(alone(pool, n_all, sum(n_slots), Recent(n_all), warm))
         found[OURS].append(balanced(traces, sizes, n_slots, warm))
         layers = list(zip(traces, sizes, n_slots, hot, strict=True))
         found[CEILING_EACH].append(sum(alone(t, n, k, Optimum(n, t), warm) for t, n, k, _ in layers))
@@ -290,7 +292,7 @@ def print_found(found: dict[str, Any], row_bytes: int, args: Any) -> None:
         line(CEILING),
         line(CEILING_EACH),
     ]
-    print(common.table([*rows, line(OURS), *map(line, POLICIES)]))
+    print(common.table([*rows, *map(line, (OURS, LRU_POOL, *POLICIES))]))
     for w in found["windows"]:
         most, mean = w["most"] / found["n_neurons"], w["mean"] / found["n_neurons"]
         kb = w["read"] * row_bytes / 1e3

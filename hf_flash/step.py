@@ -22,7 +22,7 @@ from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
-from hf_flash.window import Window
+from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -38,6 +38,7 @@ class _Step(ctypes.Structure):
         ("log_term", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
         *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows")],
         *[(name, _I) for name in ("n_slots", "n_used", "row_bytes", "window", "clock")], ("half_life", _D),
+        ("lately", _P), ("n_lately", _I),
         ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P),
         ("batch", _P), ("early", _P),
         *[(name, _I) for name in ("gated", "packed", "dtype", "base", "act")], ("threshold", _F),
@@ -84,6 +85,7 @@ class NativeStep:
         for i, dtype in enumerate(_DTYPES):
             s.arithmetic[i][:] = gate.gamma(), *gate.per_norm(dtype), UNIT[dtype]
         s.row_bytes, s.half_life, s.window = layer.rows.row_bytes, cache.window.half_life, cache.window.n_tokens
+        s.lately, s.n_lately = LATELY.ctypes.data, len(LATELY)
         s.ring, s.fd = self._reader.ring, self._reader.fd(layer.rows.file)
         s.start, s.max_gap, s.max_rows = layer.rows.start, cache.max_gap_rows, MAX_EXTENT_ROWS
         s.sink = np.frombuffer(view_bytes(store.sink), np.uint8).ctypes.data

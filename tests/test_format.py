@@ -145,7 +145,9 @@ def rewrite_header(path: Path, change) -> None:
 def test_another_format_version_is_refused(whole: Path, version: str) -> None:
     """Readers took any version for their own."""
     rewrite_header(whole, lambda header: header["__metadata__"].update({"hf_flash.format_version": version}))
-    with pytest.raises(CheckpointError, match=rf"format {version}, this hf_flash reads formats 1, 2, 3.*pip install -U"):
+    with pytest.raises(
+        CheckpointError, match=rf"format {version}, this hf_flash reads formats 1, 2, 3.*pip install -U"
+    ):
         read_header(whole)
     assert "pip install -U" in verify_file(whole)[0]
 

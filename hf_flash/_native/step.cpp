@@ -37,6 +37,8 @@ struct Step {  // step.py has the same fields in the same order
   uint8_t *rows;
   int64_t n_slots, n_used, row_bytes, window, clock;
   double half_life;
+  const double *lately;  // [n_lately], by tokens since the last use; the last for all beyond
+  int64_t n_lately;
   // Reads.
   void *ring;
   int64_t fd, start, max_gap, max_rows;
@@ -102,10 +104,10 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
 std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
   std::vector<std::pair<double, int64_t>> free;
   for (int64_t i = 0; i < s->n_used; i++) {
-    const int64_t neuron = s->neuron_of[s->owned[i]];
-    const bool recent = s->clock - s->last[neuron] < s->window;
-    if (s->last[neuron] < s->clock && !(recent && spare_window))
-      free.emplace_back(s->key[neuron] + (recent ? 1e12 : 0.0), s->owned[i]);
+    const int64_t neuron = s->neuron_of[s->owned[i]], age = s->clock - s->last[neuron];
+    if (s->last[neuron] < s->clock && !(age < s->window && spare_window))
+      free.emplace_back(s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)] + (age < s->window ? 1e12 : 0.0),
+                        s->owned[i]);
   }
   n = std::min(n, static_cast<int64_t>(free.size()));
   std::nth_element(free.begin(), free.begin() + n, free.end());
