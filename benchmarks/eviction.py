@@ -28,7 +28,8 @@ from certified import SHIPPED, text_ids
 Trace = Sequence[np.ndarray]  # of one layer: sorted neurons that fire, by token
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 WINDOWS = (1, 2, 3, 5, 8, 12, 20, 32)
-HALF_LIVES = (4, 8, 16, 32, 64, 128, 512)
+HALF_LIFE = 64.0  # window.py's
+HALF_LIVES = (8, 16, 32, 64, 128, 256)
 PERIODS = (8, 32, 64, 256)
 
 
@@ -151,8 +152,9 @@ def alone(trace: Trace, n: int, n_slots: int, policy: Any, warm: int) -> float:
 
 
 def balanced(
-    traces: Sequence[Trace], sizes: Sequence[int], n_slots: Sequence[int], warm: int, half_life: float = 32.0,
-    every: int | None = None, missed: list[list[np.ndarray]] | None = None,
+    traces: Sequence[Trace], sizes: Sequence[int], n_slots: Sequence[int], warm: int, half_life: float = HALF_LIFE,
+    every: int | None = None,
+    missed: list[list[np.ndarray]] | None = None,
 ) -> float:  # fmt: skip
     """Neurons read per token by all layers, with hf_flash's own account of use and division of slots.
 
@@ -173,8 +175,8 @@ def balanced(
     caches = [Cache(n, k, Account(n, half_life=half_life)) for n, k in zip(sizes, n_slots, strict=True)]
     largest, read, at = np.zeros(len(sizes), int), [], FIRST_PASSES
     for t in range(len(traces[0])):
-        if t == at:
-            at += min(t, every)
+        if t + 1 == at:
+            at += min(at, every)
             total, least = sum(c.n_slots for c in caches), np.array([max(1, n // 50) for n in sizes])
             least = np.minimum(least, [c.n_slots for c in caches])
             needed = np.maximum(least, largest)
@@ -212,7 +214,11 @@ POLICIES: dict[str, Callable[[int, int, np.ndarray], Any]] = {  # of n neurons, 
     "hottest half pinned, LRU": lambda n, k, hot: Pinned(n, hot[: k // 2]),
     "LFU aged, evicted ones remembered": lambda n, k, hot: Frequent(n, 32, remembers=True),
 }
-OURS, CEILING, CEILING_EACH = "hf_flash: that, slots by layer", "optimum, one pool", "optimum, each layer alone"
+OURS, CEILING, CEILING_EACH = (
+    "hf_flash: that, a soft window, slots by layer",
+    "optimum, one pool",
+    "optimum, each layer alone",
+)
 LRU_POOL = "LRU, one pool"
 
 

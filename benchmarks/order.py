@@ -2,8 +2,9 @@
 
 A text is recorded; its first half says how often neurons fire and which fire together, its second half is read with
 the package's own cache (window.py, balance.py) and planner (plan.py, gaps included). The orders: the stock model's, by
-frequency, chains of what fires together (with and without the hot ones first), and a random one, which shows what luck
-gives. The ceiling is one extent a layer and token, without a gap. What is missed does not depend on the order.
+frequency, chains of what fires together, chains of what begins to fire together (the package's), and a random one,
+which shows what luck gives. The ceiling is one extent a layer and token, without a gap. What is missed does not depend
+on the order.
 
 The model is the small ReLU model that ships with hf_flash; --model and --text give others.
 """
@@ -46,14 +47,15 @@ def orders(recording: Any, n_tokens: int, sizes: list[int]) -> dict[str, list[np
     """Order -> per layer, the row of each neuron."""
     from hf_flash.order import arrange, co_firing
 
-    found = [co_firing(recording, layer, n_tokens) for layer in recording.layers]
+    fired = [co_firing(recording, layer, n_tokens, 0) for layer in recording.layers]
+    begun = [co_firing(recording, layer, n_tokens) for layer in recording.layers]
     random = np.random.default_rng(0)
     by = {
         "stock": [np.arange(n) for n in sizes],
         "random": [random.permutation(n) for n in sizes],
-        "by frequency": [np.argsort(-f.fired.numpy(), kind="stable") for f in found],
-        "chains": [arrange(f, n_tokens, 2.0).numpy() for f in found],
-        "hot, then chains": [arrange(f, n_tokens).numpy() for f in found],
+        "by frequency": [np.argsort(-f.begun.numpy(), kind="stable") for f in fired],
+        "chains, fire together": [arrange(f).numpy() for f in fired],
+        "chains, begin together": [arrange(f).numpy() for f in begun],
     }
     for name, rows in by.items():
         assert all(np.array_equal(np.sort(row), np.arange(len(row))) for row in rows), name

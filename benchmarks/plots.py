@@ -122,7 +122,7 @@ EVICTION = (  # policy, what the legend calls it, colour, style
     ("window of 5, then LFU aged (before)", "window of 5, then aged LFU", DENSE, "--"),
     ("LFU aged, evicted ones remembered", "aged LFU that remembers", DENSE, "-"),
     ("LRU, one pool", "LRU, one pool for all layers", "#0f766e", "--"),
-    ("hf_flash: that, slots by layer", "hf_flash", OURS, "o-"),
+    ("hf_flash: that, a soft window, slots by layer", "hf_flash", OURS, "o-"),
     ("optimum, each layer alone", "optimum (Belady), each layer alone", FLOOR, ":"),
     ("optimum, one pool", "optimum (Belady), one pool", FLOOR, "-"),
 )

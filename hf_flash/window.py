@@ -29,7 +29,7 @@ class Window:
         half_life: tokens after which the score of an unused neuron halves.
     """
 
-    def __init__(self, n_neurons: int, n_tokens: int = 0, half_life: float = 32.0) -> None:
+    def __init__(self, n_neurons: int, n_tokens: int = 0, half_life: float = 64.0) -> None:
         self._last = np.full(n_neurons, -(1 << 40), dtype=np.int64)  # clock of the last use
         # log2 of the score as of the last use, + that time in half lives: in this form it does not change with time.
         self._key = np.full(n_neurons, _NEVER, dtype=np.float64)

@@ -44,34 +44,35 @@ class Fired:
         return self._fired[start:stop]
 
 
+@pytest.mark.parametrize("quiet", [0, 1, 3, 8, 40])
 @pytest.mark.parametrize("block", [(1024, 2048), (7, 5)])
-def test_counts_are_those_of_all_pairs(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_those_of_all_pairs(block: tuple[int, int], quiet: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order_module, "BLOCK_NEURONS", block[0])
     monkeypatch.setattr(order_module, "BLOCK_TOKENS", block[1])
     fired = torch.rand(33, 40, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 0.9, 40)
-    found = co_firing(Fired(fired), "ffn", 30)
-    pairs = fired[:30].float().t() @ fired[:30].float()
-    assert torch.equal(found.fired, pairs.diagonal())
+    found = co_firing(Fired(fired), "ffn", 30, quiet)
+    begun = fired[:30].clone()
+    for t in range(30):
+        begun[t] &= ~fired[max(0, t - quiet) : t].any(0)
+    pairs = begun.float().t() @ begun.float()
+    assert torch.equal(found.begun, pairs.diagonal())
     pairs.diagonal().zero_()
     assert torch.equal(found.together, pairs.sort(1, descending=True).values[:, :32])
     assert torch.equal(found.together, pairs.gather(1, found.friends))
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 20), st.floats(0, 1), st.sampled_from([0.1, 0.5, 2.0]), st.integers(0, 99))
-def test_every_neuron_has_one_place(n: int, n_tokens: int, density: float, hot_share: float, seed: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99))
+def test_every_neuron_has_one_place(n: int, n_tokens: int, density: float, seed: int) -> None:
     fired = torch.rand(n_tokens, n, generator=torch.Generator().manual_seed(seed)) < density
     found = co_firing(Fired(fired), "ffn")
-    order = arrange(found, n_tokens, hot_share)
+    order = arrange(found)
     assert sorted(order.tolist()) == list(range(n))
-    n_hot = int((found.fired > hot_share * n_tokens).sum())
-    frequency = found.fired[order]
-    assert (frequency[:n_hot].diff() <= 0).all() and (frequency[n_hot:] <= hot_share * n_tokens).all()
-    assert torch.equal(order, arrange(found, n_tokens, hot_share))
+    assert torch.equal(order, arrange(found))
 
 
 def test_what_fires_together_lies_together() -> None:
-    """Groups of eight that fire as one, scattered; and a few neurons that fire with everything."""
+    """Groups of eight that fire as one, scattered; and a few neurons that fire with everything, which part none."""
     generator = torch.Generator().manual_seed(3)
     scattered = torch.randperm(96, generator=generator)
     fired = torch.zeros(400, 100, dtype=torch.bool)
@@ -79,15 +80,14 @@ def test_what_fires_together_lies_together() -> None:
         for group in torch.randperm(12, generator=generator)[:1]:
             fired[token, scattered[group * 8 : group * 8 + 8]] = True
     fired[:, 96:] = torch.rand(400, 4, generator=generator) < 0.8
-    order = arrange(co_firing(Fired(fired), "ffn"), 400).tolist()
-    assert set(order[:4]) == {96, 97, 98, 99}
+    order = [neuron for neuron in arrange(co_firing(Fired(fired), "ffn")).tolist() if neuron < 96]
     groups = [set(scattered[group * 8 : group * 8 + 8].tolist()) for group in range(12)]
-    assert all(set(order[i : i + 8]) in groups for i in range(4, 100, 8))
+    assert all(set(order[i : i + 8]) in groups for i in range(0, 96, 8))
 
 
 def test_a_ring_of_friends_is_opened() -> None:
     friends, together = torch.tensor([[1, 2], [2, 0], [0, 1]]), torch.tensor([[3.0, 3], [3, 3], [3, 3]])
-    assert sorted(arrange(CoFiring(torch.full((3,), 3.0), friends, together), 100).tolist()) == [0, 1, 2]
+    assert sorted(arrange(CoFiring(torch.full((3,), 3.0), friends, together)).tolist()) == [0, 1, 2]
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
