@@ -104,7 +104,7 @@ class Balance:
             least = needed
         change = divide([cache.window.worth() for cache in caches], least, int(n_slots.sum())) - n_slots
         try:
-            free = [caches[i].give(-change[i]) for i in np.flatnonzero(change < 0)]
+            free = [caches[i].give(int(-change[i])) for i in np.flatnonzero(change < 0)]
             bounds = np.cumsum(np.maximum(change, 0))[:-1]
             for cache, slots in zip(
                 caches, np.split(np.concatenate([*free, np.empty(0, np.int64)]), bounds), strict=True
