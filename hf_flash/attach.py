@@ -7,7 +7,6 @@ Between the two transformers loads what is left of the model as it always does.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import early
+from hf_flash import early, lookahead
 from hf_flash.balance import Balance
 from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
 from hf_flash.cache import NeuronCache
@@ -28,8 +27,11 @@ from hf_flash.engine import Engine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import ORDER_KEY, SOURCE_KEY, TensorFile, read_header
-from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, SKETCH_KIND, CertifiedGate, Sketch, sketch_bytes
+from hf_flash.format import ORDER_KEY, SOURCE_KEY, read_header
+from hf_flash.gate_file import GATES_KEY, PREDICTORS_KEY, GateFile
+from hf_flash.gates import CertifiedGate, Gate, PredictedGate
+from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, sketch_bytes
+from hf_flash.gates.predicted import predictor_bytes, scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import return_large_blocks, trim_malloc
@@ -37,13 +39,11 @@ from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import open_reader
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
-from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashStore, layers_of, layout_of, read_checked
+from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
 from hf_flash.stream import Stream
 from hf_flash.sweep import SweepEngine
 
 logger = logging.get_logger(__name__)
-
-GATES_KEY = "hf_flash.gates"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Geometry:
     layout: BundleLayout
     n_neurons: int
     sketch_bits: int  # 0: no sketch
+    predictor_rank: int = 0  # 0: no predictor
+    lookahead: tuple[int, int] = (0, 0)  # rank, and length of the input, of the one that sees another layer's input
 
 
 class FlashRuntime:
@@ -87,20 +89,18 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
     Raises:
         CheckpointError: a file is missing or torn.
     """
-    kinds = sketches_in(gates_file) if gates_file else {}
+    gates = GateFile(gates_file) if gates_file else None
     out = {}
     for path in files.values():
         for layer in layers_of(read_header(path)).values():
-            layout = layout_of(layer)
-            bits = kinds.get(layer["module"], {}).get("bits", 0)
-            out[layer["module"]] = Geometry(layout, layer["n_neurons"], bits)
+            name = layer["module"]
+            bits = gates.sketches.get(name, {}).get("bits", 0) if gates else 0
+            rank = gates.predictors.get(name, {}).get("rank", 0) if gates else 0
+            ahead = gates.lookahead.get(name, {}) if gates else {}
+            out[name] = Geometry(
+                layout_of(layer), layer["n_neurons"], bits, rank, (ahead.get("rank", 0), ahead.get("d_model", 0))
+            )
     return out
-
-
-def sketches_in(gates_file: Path) -> dict[str, dict[str, Any]]:
-    """What a gates file says of its sketches, by module path; kinds that are not known are left out."""
-    kinds = json.loads(read_header(gates_file).metadata.get(GATES_KEY, "{}"))
-    return {path: kind for path, kind in kinds.items() if kind.get("kind") == SKETCH_KIND}
 
 
 def match_geometry(blocks: list[FFNBlock], geometry: Mapping[str, Geometry], where: str) -> None:
@@ -148,7 +148,7 @@ def match_sources(files: Iterable[Path]) -> None:
         origin = metadata.get(SOURCE_KEY)
         if origin is not None:
             seen.setdefault(origin.partition("-")[0], path)
-        if LAYERS_KEY in metadata or GATES_KEY in metadata:  # what has a row for every neuron
+        if not {LAYERS_KEY, GATES_KEY, PREDICTORS_KEY}.isdisjoint(metadata):  # what has a row for every neuron
             orders.setdefault(metadata.get(ORDER_KEY, ""), path)
     if len(orders) > 1:
         one, other = list(orders.values())[:2]
@@ -208,18 +208,27 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
             else f"the checkpoint has no sketch for {block.path}"
         )
         raise FlashConfigError(f"gate='certified' cannot be had: {why}. Use gate='all' or leave it 'auto'.")
+    if config.gate == "predicted" and not geometry.predictor_rank:
+        raise FlashConfigError(
+            f"gate='predicted' cannot be had: the checkpoint has no predictor for {block.path}. Make them with "
+            "`hf-flash calibrate FOLDER --text FILE` (a folder that `hf-flash repack` wrote), or leave the gate 'auto'."
+        )
     certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
     if can and config.gate == "auto" and not certified:
         logger.warning_once(
             f"The checkpoint has no sketch for {block.path}, though its activation allows the certified gate: every "
             "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
         )
-    scratch = GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8
+    predicted = config.gate == "predicted"
     stored = range(4, geometry.sketch_bits + 1) if certified else ()
+    scratch = {"certified": GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8, "predicted": scratch_bytes(n)}
+    rank, d_before = geometry.lookahead if config.lookahead and (certified or predicted) else (0, 0)
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
         tuple(sketch_bytes(n, layout.d_model, bits) for bits in stored),
-        scratch if certified else 0, layout.packed,
+        scratch["certified" if certified else "predicted"] if certified or predicted else 0, layout.packed,
+        predictor_bytes(n, layout.d_model, geometry.predictor_rank) if predicted else 0,
+        predictor_bytes(n, d_before, rank) if rank else 0,
     )  # fmt: skip
 
 
@@ -335,7 +344,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     runtime.store = store = FlashStore(runtime.files, reader)
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
     work = WorkBuffers()
-    sketches = _Sketches(runtime.gates_file)
+    gates = GateFile(runtime.gates_file) if runtime.gates_file else None
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
@@ -348,10 +357,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                     layer, stream, work, stats, rows, plan.max_tokens, plan.unpacked, config.exact
                 )
             else:
-                threshold = zero_below(module.own_activation) or 0.0
-                gate = CertifiedGate(
-                    sketches.load(layer.path, plan.gate_bits), config.delta, threshold, layer.layout.dtype
-                )
+                assert gates is not None
+                gate = _gate(plan.gates[name], gates, module, layer, runtime)
                 cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
@@ -364,7 +371,11 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         if isinstance(module, FlashFFN):
             module.on_pass = [balance.pass_begins for balance in runtime.balances]
             break
-    early.install(model)
+    if config.lookahead:
+        assert gates is not None
+        _look_ahead(model, runtime, gates)
+    else:
+        early.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
         if isinstance(looked_up, PackedEmbedding) and isinstance(head, PackedLinear):
@@ -397,26 +408,33 @@ def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: 
         module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
 
 
-class _Sketches:
-    """gates.safetensors, read sketch by sketch into anonymous memory."""
+def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime: FlashRuntime) -> Gate:
+    """The gate of one layer, with what it knows read into DRAM."""
+    if kind == "predicted":
+        return PredictedGate(gates.predictor(layer.path))
+    sketch = gates.sketch(layer.path, runtime.plan.gate_bits)
+    return CertifiedGate(sketch, runtime.config.delta, zero_below(ffn.own_activation) or 0.0, layer.layout.dtype)
 
-    def __init__(self, path: Path | None) -> None:
-        self._file: TensorFile | None = read_header(path) if path else None
-        self._kinds = sketches_in(path) if path else {}
 
-    def load(self, path: str, bits: int) -> Sketch:
-        """The first `bits` bits of a module's sketch."""
-        file, kind = self._file, self._kinds[path]
-        assert file is not None
-        dtypes = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+def _look_ahead(model: PreTrainedModel, runtime: FlashRuntime, gates: GateFile) -> None:
+    """Let FFNs start the reads of those behind them.
 
-        def tensor(name: str) -> torch.Tensor:
-            entry = file.entries[f"{path}.sketch.{name}"]
-            return read_checked(file, entry).view(dtypes[entry.dtype]).view(entry.shape)
-
-        planes = [tensor(f"plane{i}") for i in range(5, bits + 1)]
-        step, norm = tensor("step"), tensor("norm")
-        return Sketch(tensor("nibbles"), planes, step, norm, tensor("dither"), kind["d_model"])
+    Raises:
+        FlashConfigError: the checkpoint cannot do that.
+    """
+    stored = runtime.stored_paths
+    paths = {stored.get(b.path, b.path): b.path for b in runtime.blocks}
+    pairs = [
+        (paths[said["from"]], paths[name], gates.predictor(name, lookahead=True))
+        for name, said in gates.lookahead.items()
+        if name in paths and said["from"] in paths and runtime.plan.gates[paths[name]] != "all"
+    ]
+    if not pairs:
+        raise FlashConfigError(
+            "lookahead=True cannot be had: it needs gate='predicted' or 'certified' and a checkpoint with lookahead "
+            "predictors. Make them with `hf-flash calibrate FOLDER --text FILE --lookahead`."
+        )
+    lookahead.install(model, pairs)
 
 
 def make_resident(model: PreTrainedModel) -> None:

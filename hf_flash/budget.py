@@ -49,7 +49,10 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """An FFN layer: bytes of a row, of its matrices, and of its sketch in 4, 5, ... bits (none: gate `all`)."""
+    """An FFN layer: bytes of a row, of its matrices, and of what its gate keeps in DRAM.
+
+    That is a sketch in 4, 5, ... bits (gate `certified`) or a predictor (`predicted`); the gate `all` needs neither.
+    """
 
     path: str
     n_neurons: int
@@ -59,11 +62,13 @@ class Layer:
     sketches: tuple[int, ...] = ()
     gate_scratch_bytes: int = 0
     packed: bool = False  # rows are: what is computed on is unpacked first
+    predictor_bytes: int = 0
+    lookahead_bytes: int = 0  # of the predictor by which an earlier layer starts this one's reads
 
     @property
-    def sketch_bytes(self) -> int:
-        """Bytes of the whole sketch; 0 for gate `all`."""
-        return self.sketches[-1] if self.sketches else 0
+    def gate(self) -> str:
+        """Name of the layer's gate."""
+        return "predicted" if self.predictor_bytes else "certified" if self.sketches else "all"
 
     def pinned_bytes(self, unpacked: bool) -> int:
         """DRAM that the layer takes when it stays there: packed, or as the stock matrices."""
@@ -102,15 +107,15 @@ class Plan:
     Attributes:
         memory: the cap, bytes.
         parts: name -> bytes; they sum to at most `memory`.
-        gates: FFN path -> "all" or "certified".
+        gates: FFN path -> "all", "certified" or "predicted".
         pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
-        slots: FFN path -> slots (gate `certified`).
+        slots: FFN path -> slots (the other gates).
         gate_bits: bits of the sketches that are kept in DRAM (0: there are none).
         streamed: paths of the matrices that are streamed.
         packed: paths of the resident matrices that are kept in 12 bits a weight.
         unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
-        bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what a
-            certified layer reads depends on the text.
+        bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what other
+            layers read depends on the text.
         chunk_bytes, n_buffers, batch_rows, max_tokens: sizes of the stream and the scratch.
     """
 
@@ -153,7 +158,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    share = 256 if any(not layer.sketches for layer in demand.layers) else 512  # large chunks are for streams
+    share = 256 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
     chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
@@ -185,8 +190,8 @@ def smallest_cap(demand: Demand) -> int:
 
 def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
     """The plan that streams the least: nothing if all fits, else embeddings, then matrices, last layers first."""
-    certified = [layer for layer in demand.layers if layer.sketch_bytes]
-    sweeps = [layer for layer in demand.layers if not layer.sketch_bytes]
+    sparse = [layer for layer in demand.layers if layer.gate != "all"]
+    sweeps = [layer for layer in demand.layers if layer.gate == "all"]
     parts = {
         "always resident": demand.fixed_bytes,
         "KV cache": demand.kv_bytes,
@@ -194,33 +199,35 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
         "tokenizer": demand.tokenizer_bytes,
         "runtime": RUNTIME_BYTES,
         "gates": 0,
-        "batches": _batch_bytes(demand, certified, chunk),
+        "batches": _batch_bytes(demand, sparse, chunk),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
     }
     spare = memory - sum(parts.values())
     lookups = [m for m in demand.matrices if m.lookup]
     rest = [m for m in demand.matrices if not m.lookup]
     everything = sum(layer.pinned_bytes(True) for layer in sweeps)
-    everything += sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    everything += sum(layer.n_neurons * layer.row_bytes for layer in sparse)
+    predictors = sum(layer.predictor_bytes + layer.lookahead_bytes for layer in sparse)
     whole = _Choice([], [], sum(m.n_bytes for m in demand.matrices), everything, True)
-    for choice in (whole, *(_choice(rest, n, lookups, certified) for n in range(len(rest), -1, -1))):
+    for choice in (whole, *(_choice(rest, n, lookups, sparse) for n in range(len(rest), -1, -1))):
         needs_ring = sweeps or any(not m.lookup for m in choice.streamed)
         ring = _ring_bytes(demand, choice.streamed, chunk) if needs_ring else 0
-        left = spare - choice.resident_bytes - ring
-        bits, gates = _sketch_bits(certified, left, choice.least_bytes)
-        if choice.least_bytes + gates <= left:
-            parts |= {"gates": gates, "stream": ring, "resident matrices": choice.resident_bytes}
+        left = spare - choice.resident_bytes - ring - predictors
+        bits, sketches = _sketch_bits(sparse, left, choice.least_bytes)
+        if choice.least_bytes + sketches <= left:
+            parts |= {"gates": sketches + predictors, "stream": ring, "resident matrices": choice.resident_bytes}
             return _finish(demand, memory, chunk, parts, choice, bits)
     return None
 
 
-def _sketch_bits(certified: Sequence[Layer], left: int, least: int) -> tuple[int, int]:
+def _sketch_bits(sparse: Sequence[Layer], left: int, least: int) -> tuple[int, int]:
     """Bits of the sketches with which a token is expected to read least, and their bytes.
 
     More bits name fewer neurons in vain and leave less DRAM to cache them in. How many are wanted for 1 in 20 that fire
     follows from the bound for normal weights and inputs (docs/log.md); a cache of c misses exp(-c / 1.7 wanted) of them
     (the paper's window: 24 % of the neurons hold three quarters of the 10 % that a token wants).
     """
+    certified = [layer for layer in sparse if layer.gate == "certified"]
     if not certified:
         return 0, 0
     rows = sum(layer.n_neurons * layer.row_bytes for layer in certified)
@@ -245,25 +252,25 @@ class _Choice:
     unpacked: bool  # pinned FFN layers
 
 
-def _choice(rest: list[Matrix], n: int, lookups: list[Matrix], certified: Sequence[Layer]) -> _Choice:
+def _choice(rest: list[Matrix], n: int, lookups: list[Matrix], sparse: Sequence[Layer]) -> _Choice:
     """The first n matrices resident, packed where they can be: memory is short, and 12 bits read faster than 16."""
     packed = [m for m in rest[:n] if m.packed_bytes]
     resident = sum(m.packed_bytes or m.n_bytes for m in rest[:n])
-    return _Choice([*rest[n:], *lookups], packed, resident, _cache_floor(certified), False)
+    return _Choice([*rest[n:], *lookups], packed, resident, _cache_floor(sparse), False)
 
 
-def _cache_floor(certified: Sequence[Layer]) -> int:
-    """Slots that a certified layer must have: a cache below one token's working set never hits."""
-    return sum(max(1, layer.n_neurons // 50) * layer.row_bytes for layer in certified)
+def _cache_floor(sparse: Sequence[Layer]) -> int:
+    """Slots that a layer with a gate must have: a cache below one token's working set never hits."""
+    return sum(max(1, layer.n_neurons // 50) * layer.row_bytes for layer in sparse)
 
 
-def _batch_bytes(demand: Demand, certified: Sequence[Layer], chunk: int) -> int:
+def _batch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int) -> int:
     """Gathered rows, two sweep buffers, their float32 copies, the gate's scores; and rows that are unpacked."""
     unpacked = 2 * chunk if any(layer.packed for layer in demand.layers) else 0
-    if not certified:
+    if not sparse:
         return unpacked
-    books = sum(layer.n_neurons * BOOKS_BYTES for layer in certified)
-    return 3 * chunk + 4 * chunk + unpacked + books + max(layer.gate_scratch_bytes for layer in certified)
+    books = sum(layer.n_neurons * BOOKS_BYTES for layer in sparse)
+    return 3 * chunk + 4 * chunk + unpacked + books + max(layer.gate_scratch_bytes for layer in sparse)
 
 
 def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
@@ -275,13 +282,13 @@ def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
 def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice, bits: int) -> Plan:
     """Give what is left to the FFNs: slots in proportion, pinned layers spread evenly, one of them in part."""
     left = memory - sum(parts.values())
-    certified = [layer for layer in demand.layers if layer.sketch_bytes]
-    sweeps = [layer for layer in demand.layers if not layer.sketch_bytes]
-    whole = sum(layer.n_neurons * layer.row_bytes for layer in certified)
+    sparse = [layer for layer in demand.layers if layer.gate != "all"]
+    sweeps = [layer for layer in demand.layers if layer.gate == "all"]
+    whole = sum(layer.n_neurons * layer.row_bytes for layer in sparse)
     everything = whole + sum(layer.pinned_bytes(choice.unpacked) for layer in sweeps)
     share = min(1.0, left / everything) if everything else 0.0
-    slots = {layer.path: int(layer.n_neurons * share) for layer in certified}
-    cache = sum(slots[layer.path] * layer.row_bytes for layer in certified)
+    slots = {layer.path: int(layer.n_neurons * share) for layer in sparse}
+    cache = sum(slots[layer.path] * layer.row_bytes for layer in sparse)
     pinned = _pin(sweeps, left - cache, chunk, choice.unpacked)
     held = cache
     read = sum(m.row_bytes if m.lookup else m.flash_bytes for m in choice.streamed)
@@ -291,7 +298,7 @@ def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choi
         read += (layer.n_neurons - rows) * layer.row_bytes
     return Plan(
         memory=memory, parts={**parts, "FFN cache": held},
-        gates={layer.path: "certified" if layer.sketch_bytes else "all" for layer in demand.layers},
+        gates={layer.path: layer.gate for layer in demand.layers},
         pinned_rows=pinned, slots=slots, gate_bits=bits, streamed=[m.path for m in choice.streamed],
         packed=[m.path for m in choice.packed], unpacked=choice.unpacked, bytes_per_token=read,
         chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens, context=demand.context,

@@ -143,6 +143,33 @@ class NeuronCache:
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=n_hit, neurons_read=len(missing))
         return Lookup(neurons, slots, ticket)
 
+    def prefetch(self, neurons: IntArray, n_tokens: int) -> tuple[IntArray, Ticket | None]:
+        """Start reading neurons that a pass to come may want. A guess takes only slots outside the window.
+
+        Hold `lock`, and wait for the ticket before the slots are looked into. If that fails, call `reset`.
+
+        Args:
+            neurons: [n] sorted, unique. n_tokens: of that pass.
+
+        Returns:
+            Those that are being read, as far as there is room, and the ticket.
+        """
+        missing = neurons[self._slot_of[neurons] < 0]
+        self.window.clock += n_tokens  # as of the pass to come
+        try:
+            spared = np.union1d(neurons, self.window.recent())
+            missing = missing[: self.n_slots - int((self._slot_of[spared] >= 0).sum())]
+            if not len(missing):
+                return missing, None
+            taken = self._take_slots(len(missing), spared)
+            self._slot_of[missing] = taken
+            self.slots.neuron_of[taken] = missing
+            ticket, n_bytes, n_reads = self._store.submit_rows(self.layer, missing, self.rows, taken, self.max_gap_rows)
+            self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
+        finally:
+            self.window.clock -= n_tokens
+        return missing, ticket
+
     def keep(self, neurons: IntArray, rows: torch.Tensor) -> None:
         """Copy bundles that passed by in a sweep into slots, as far as they are not there and room is found.
 

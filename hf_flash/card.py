@@ -13,6 +13,8 @@ from hf_flash.config import QUANT_METHOD
 from hf_flash.format import atomic_text
 from hf_flash.layout import format_size
 
+_BEGIN, _END = "<!-- calibration -->", "<!-- /calibration -->"
+
 
 def write_card(output: Path, source_folder: Path, source_name: str, ffn: dict[str, Any]) -> None:
     """Write README.md: the source card's front matter with our tags, how to load, geometry, then the source card.
@@ -47,6 +49,48 @@ def write_card(output: Path, source_folder: Path, source_name: str, ffn: dict[st
         parts.append("| | |\n| --- | --- |\n" + "".join(f"| {k} | {v} |\n" for k, v in rows.items()))
         if body.strip():
             parts.append(f"\n## The original model's card\n\n{body.strip()}\n")
+
+
+def write_calibration(folder: Path, report: dict[str, Any]) -> None:
+    """Put what calibration measured into README.md, in place of what an earlier run put there.
+
+    Args:
+        folder: a flash checkpoint.
+        report: as config.json holds it.
+    """
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else f"# {folder.name}\n"
+    text = re.sub(rf"{_BEGIN}.*?{_END}\n*", "", text, flags=re.DOTALL)
+    before, mark, after = text.partition("## The original model's card")
+    with atomic_text(path) as parts:
+        parts.append(f"{before.rstrip()}\n\n{_BEGIN}\n{_calibration_section(report)}{_END}\n")
+        parts.append(f"\n{mark}{after}" if mark else "")
+
+
+def _calibration_section(report: dict[str, Any]) -> str:
+    """Markdown: what the predictors do, by layer."""
+    lines = [
+        "## Predictors\n",
+        f"Trained on {report['n_tokens']:,} tokens of `{report['text']}`; the figures are of the tenth of them that "
+        'was kept aside. `gate="predicted"` reads what they name, and loses what they miss.\n',
+    ]
+    for name, title in (("predicted", "Gate `predicted`"), ("lookahead", "Lookahead, from the layer before")):
+        if name not in report:
+            continue
+        part = report[name]
+        lines += [
+            f"{title}: recall {part['recall']:.2%}, precision {part['precision']:.1%}; {part['wanted']:.2%} of the "
+            f"neurons are read for {part['fired']:.2%} that fire; {format_size(part['n_bytes'])} in DRAM.\n",
+            "| layer | rank | recall | precision | read per token | fire per token | of | bytes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| `{row['layer']}` | {row['rank']} | {row['recall']:.2%} | {row['precision']:.1%} | {row['wanted']:.1f} "
+            f"| {row['fired']:.1f} | {row['n_neurons']} | {format_size(row['n_bytes'])} |"
+            for row in part["layers"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _front_matter(front: str, base_model: str | None) -> str:

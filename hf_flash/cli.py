@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group
 
+from hf_flash import calibration as _calibration
 from hf_flash import doctor as _doctor
 from hf_flash.options import (
     MEMORY,
@@ -119,6 +120,9 @@ def repack(
     found = contents.contents(folder)
     _report({**found.to_dict(), "seconds": time.monotonic() - start}, show.contents_view(found), as_json)
     hint(f"next: hf-flash run {folder} --memory SIZE --prompt TEXT")
+
+
+app.command(rich_help_panel=_PREPARE, epilog=_calibration.EPILOG)(_calibration.calibrate)
 
 
 @app.command(

@@ -14,7 +14,7 @@ from hf_flash.errors import FlashConfigError
 from hf_flash.layout import parse_size
 
 QUANT_METHOD = "hf_flash"
-GATES = ("auto", "all", "certified")
+GATES = ("auto", "all", "certified", "predicted")
 MEMORY_VARIABLE = "HF_FLASH_MEMORY"
 DEFAULT_CONTEXT = 1024
 CERTIFIED_BITS = range(4, 9)
@@ -24,7 +24,8 @@ NOTICE = (
     "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
 )
 LOADING_ATTRIBUTES = (
-    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "n_threads", "cache_dir",
+    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "lookahead",
+    "n_threads", "cache_dir",
 )  # fmt: skip
 
 
@@ -37,8 +38,9 @@ class FlashConfig(QuantizationConfigMixin):
             activations. Default: the environment's `HF_FLASH_MEMORY`; without either, three quarters of the memory
             that is available (cgroup limits are respected).
         gate (`str`, defaults to `"auto"`): `"all"` reads every neuron, exact for any activation; `"certified"` reads
-            every neuron that cannot be proved silent, exact for activations that are zero below zero; `"auto"` takes
-            `certified` where the activation allows it, else `all`.
+            every neuron that cannot be proved silent, exact for activations that are zero below zero; `"predicted"`
+            reads those that a predictor trained by `hf-flash calibrate` names, at the loss that its report says;
+            `"auto"` takes `certified` where the activation allows it, else `all`.
         delta (`float`, defaults to 1e-9): probability that one decision of the certified gate is wrong; 0 uses the
             deterministic bound alone.
         gate_bits (`int`, defaults to 8): bits per weight of the certified gate's sketch, 4 to 8. Used when repacking.
@@ -53,6 +55,8 @@ class FlashConfig(QuantizationConfigMixin):
         n_threads (`int`, defaults to 8): reads in flight.
         cache_dir (`str`, *optional*): where stock checkpoints are repacked to. Default: `HF_FLASH_CACHE`, else
             `hf_flash` inside the Hugging Face cache folder.
+        lookahead (`bool`, defaults to `False`): start a layer's reads one layer early, where a predictor made by
+            `hf-flash calibrate --lookahead` says what it will want. Wrong guesses cost reads, never tokens.
 
     Example:
         >>> AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b", quantization_config=FlashConfig(memory="1.5GiB"))
@@ -70,13 +74,14 @@ class FlashConfig(QuantizationConfigMixin):
         window: int = 0,
         n_threads: int = 8,
         cache_dir: str | os.PathLike[str] | None = None,
+        lookahead: bool = False,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.memory = None if memory is None else parse_size(memory)
         self.gate, self.delta, self.gate_bits = gate, delta, gate_bits
         self.context, self.batch_size = context, batch_size
-        self.exact, self.window, self.n_threads = exact, window, n_threads
+        self.exact, self.window, self.n_threads, self.lookahead = exact, window, n_threads, lookahead
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         kwargs.pop("quant_method", None)
         self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
@@ -92,8 +97,9 @@ class FlashConfig(QuantizationConfigMixin):
         for name, least in (("batch_size", 1), ("n_threads", 1), ("window", 0)):
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, {least} or more.")
-        if not isinstance(self.exact, bool):
-            raise FlashConfigError(f"exact={self.exact!r} must be True or False.")
+        for name in ("exact", "lookahead"):
+            if not isinstance(getattr(self, name), bool):
+                raise FlashConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
 

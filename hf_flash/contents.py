@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hf_flash import attach, hub
+from hf_flash import hub
 from hf_flash.checkpoint import load_json
 from hf_flash.config import QUANT_METHOD
 from hf_flash.errors import CheckpointError
 from hf_flash.format import read_header
+from hf_flash.gate_file import GateFile
 from hf_flash.gates.certified import sketch_bytes
 from hf_flash.preview import headers_of
 from hf_flash.store import GATES_NAME, LAYERS_KEY
@@ -112,7 +113,7 @@ def contents(
 
 
 def _layers(flash: dict[str, Path], gates: Path | None) -> list[LayerContents]:
-    kinds = attach.sketches_in(gates) if gates else {}
+    kinds = GateFile(gates).sketches if gates else {}
     found: list[tuple[int, LayerContents]] = []
     for name, path in flash.items():
         header = read_header(path)

@@ -73,7 +73,7 @@ def estimate(demand: Demand, plan: Plan, probe: Probe, active: float = DEFAULT_A
             hold of them what it holds of all neurons; a text that keeps to few neurons does better.
     """
     streamed = plan.bytes_per_token
-    missing = {layer: active * _missing(layer, plan) for layer in certified_layers(demand, plan)}
+    missing = {layer: active * _missing(layer, plan) for layer in sparse_layers(demand, plan)}
     sparse = sum(missing.values())
     touched = resident_bytes(demand, plan) + 2 * streamed + sparse
     touched += plan.parts.get("gates", 0) + sum(active * layer.n_neurons * layer.row_bytes for layer in missing)
@@ -85,9 +85,9 @@ def estimate(demand: Demand, plan: Plan, probe: Probe, active: float = DEFAULT_A
     )  # fmt: skip
 
 
-def certified_layers(demand: Demand, plan: Plan) -> list[Layer]:
+def sparse_layers(demand: Demand, plan: Plan) -> list[Layer]:
     """Layers of which a token reads neurons one by one."""
-    return [layer for layer in demand.layers if plan.gates[layer.path] == "certified"]
+    return [layer for layer in demand.layers if plan.gates[layer.path] != "all"]
 
 
 def resident_bytes(demand: Demand, plan: Plan) -> int:

@@ -34,8 +34,8 @@ Gate = Annotated[
     str,
     typer.Option(
         metavar="GATE", rich_help_panel=MEMORY,
-        help="all: stream every neuron. certified: read those that may fire (ReLU and its kin). auto: the best that is "
-        "exact.",
+        help="all: stream every neuron. certified: read those that may fire (ReLU and its kin). predicted: those that "
+        "`hf-flash calibrate` learned to name, not exact. auto: the best that is exact.",
     ),
 ]  # fmt: skip
 Context = Annotated[

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -110,12 +111,20 @@ class Recording:
         whole = torch.from_file(str(_paths(self.folder, i)[0]), False, size, dtype=self._dtypes[i])
         return whole.view(self.n_tokens, -1)
 
+    def bits(self, layer: str) -> npt.NDArray[np.uint8]:
+        """Which neurons fired, packed: [n_tokens, ceil(d_ffn / 8)] uint8, mapped from the file."""
+        i = self._number[layer]
+        shape = (self.n_tokens, -(-self._shapes[i][1] // 8))
+        return np.memmap(_paths(self.folder, i)[1], np.uint8, "r", shape=shape)
+
+    def unpack(self, layer: str, bits: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Rows of `bits` as [n, d_ffn] bool."""
+        d_ffn = self.shape(layer)[1]
+        return torch.from_numpy(np.unpackbits(bits, axis=1, count=d_ffn, bitorder="little")).bool()
+
     def fired(self, layer: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Which neurons fired for tokens start..stop: [n, d_ffn] bool."""
-        i = self._number[layer]
-        d_ffn = self._shapes[i][1]
-        bits = np.memmap(_paths(self.folder, i)[1], np.uint8, "r", shape=(self.n_tokens, -(-d_ffn // 8)))[start:stop]
-        return torch.from_numpy(np.unpackbits(bits, axis=1, count=d_ffn, bitorder="little")).bool()
+        return self.unpack(layer, self.bits(layer)[start:stop])
 
 
 def record(

@@ -44,6 +44,7 @@ from hf_flash.format import (
     explain_full_disk,
     read_header,
 )
+from hf_flash.gate_file import GATES_KEY, GateFile
 from hf_flash.gates.certified import SKETCH_KIND, Sketch, sketch_tensors
 from hf_flash.layout import BundleLayout, parse_size
 from hf_flash.memory import return_large_blocks
@@ -64,7 +65,6 @@ from hf_flash.store import (
 
 logger = logging.get_logger(__name__)
 
-GATES_KEY = "hf_flash.gates"  # header metadata of gates.safetensors
 DEFAULT_SHARD = "5GB"
 PACK_NEURONS = 512  # packed at a time
 
@@ -301,6 +301,9 @@ def repack(
         raw_config["quantization_config"] = {**FlashConfig(gate_bits=gate_bits).to_dict(), "ffn": describe(source)}
         copy_side_files(folder, output)
         card.write_card(output, folder, str(model), raw_config["quantization_config"]["ffn"])
+        if (output / GATES_NAME).is_file() and (known := GateFile(output / GATES_NAME).calibration):
+            raw_config["quantization_config"]["calibration"] = known  # of a run before: the file was kept
+            card.write_calibration(output, known)
         remove_others(output, written)
         with atomic_text(output / "config.json") as text:
             text.append(json.dumps(raw_config, indent=2) + "\n")

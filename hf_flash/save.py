@@ -108,9 +108,9 @@ def write_flash_side(model: PreTrainedModel, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in runtime.files.items():
-        _link(path, folder / name)
+        link(path, folder / name)
     if runtime.gates_file is not None:
-        _link(runtime.gates_file, folder / GATES_NAME)
+        link(runtime.gates_file, folder / GATES_NAME)
     weight_map = {layer.rows.name: layer.file_name for layer in runtime.store.layers.values()}
     sizes = sum((folder / name).stat().st_size for name in runtime.files)
     write_index(folder, weight_map, sizes)
@@ -126,7 +126,8 @@ def write_flash_side(model: PreTrainedModel, folder: Path) -> None:
         card.write_card(folder, source, name or "model", ffn)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Put a file into another place: a hard link where the file system allows it, else a copy; at once."""
     real = source.resolve()
     if target.exists() and target.resolve() == real:
         return

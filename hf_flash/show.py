@@ -49,7 +49,7 @@ def _part_note(part: str, preview: Preview, plan: Plan) -> str:
         "KV cache": f"{plan.context} tokens x batch {plan.batch_size}",
         "activations": f"a pass over {plan.max_tokens} tokens",
         "runtime": "threads, allocator, torch's scratch",
-        "gates": f"{bits} sketches of {len(sketched)} layers",
+        "gates": f"{bits} sketches of {len(sketched)} layers" if sketched else "predictors",
         "batches": "neurons of a prompt on their way",
         "stream": "read buffers",
         "resident matrices": "attention, embeddings, head" + packed,
@@ -79,8 +79,8 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
         words = [f"{len(others)} other matrices ({format_size(moved)})"] if others else []
         words += ["the input embedding (a row per token)"] if len(others) < len(plan.streamed) else []
         lines.append(f"streamed from flash as well: {' and '.join(words)}")
-    reads = [format_size(plan.bytes_per_token)] if plan.bytes_per_token or not gates.get("certified") else []
-    reads += ["the neurons that may fire and are not cached"] if gates.get("certified") else []
+    reads = [format_size(plan.bytes_per_token)] if plan.bytes_per_token or set(gates) == {"all"} else []
+    reads += ["the neurons that may fire and are not cached"] if set(gates) != {"all"} else []
     if not plan.streamed and _cached_share(preview, plan) >= 1:
         reads = ["nothing, once the cache is warm: everything fits into this cap"]
     lines.append(f"read per new token: {' and '.join(reads)}")

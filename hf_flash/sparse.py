@@ -1,4 +1,4 @@
-"""Gate `certified`: the few neurons that a gate names, from the cache, the missing ones from flash."""
+"""Gates `certified` and `predicted`: the few neurons that a gate names, from the cache, the missing ones from flash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hf_flash import native, ops, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.engine import Engine, Piece, WorkBuffers
-from hf_flash.gates import CertifiedGate
+from hf_flash.gates import CertifiedGate, Gate
 from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
@@ -25,7 +25,7 @@ EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
 
 
 class SparseEngine(Engine):
-    """Gate `certified`: the neurons that cannot be proved silent, from the cache, the missing ones from flash.
+    """The neurons that a gate names, from the cache, the missing ones from flash.
 
     Args:
         store, layer: where bundles come from.
@@ -36,19 +36,24 @@ class SparseEngine(Engine):
     """
 
     def __init__(
-        self, store: FlashStore, layer: FlashLayer, gate: CertifiedGate, cache: NeuronCache,
+        self, store: FlashStore, layer: FlashLayer, gate: Gate, cache: NeuronCache,
         batch_rows: int, work: WorkBuffers, stats: FlashStats,
     ) -> None:  # fmt: skip
         self.layer, self.gate, self.cache = layer, gate, cache
         self._store, self._work, self._stats = store, work, stats
         self._batch_rows = batch_rows
-        self._step = NativeStep(store, layer, gate, cache, stats) if NativeStep.can(store, layer) else None
+        native_gate = isinstance(gate, CertifiedGate) and NativeStep.can(store, layer)
+        self._step = NativeStep(store, layer, gate, cache, stats) if native_gate else None  # type: ignore[arg-type]
+        self._ahead: Ticket | None = None  # reads that `prefetch` started
+        self._ahead_neurons = np.empty(0, np.int64)
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
         if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
             found = self._native(self._step.run, flat, act, biases)
             if found is not None:
+                if len(self._ahead_neurons):
+                    self._count_ahead(self._step.wanted)
                 return found.view(*x.shape[:-1], found.shape[-1])
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, recent = self._wanted(flat, biases)
@@ -65,6 +70,7 @@ class SparseEngine(Engine):
             y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
+        self._count_ahead(neurons)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _native(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -72,10 +78,10 @@ class SparseEngine(Engine):
         assert self._step is not None
         with self.cache.lock:
             try:
+                self._land()
                 return call(*args)
             except BaseException:  # Ctrl-C too: none is given away while it is read into
-                self._step.settle()
-                self.cache.reset()
+                self._forget()
                 raise
 
     def land(self) -> None:
@@ -84,8 +90,13 @@ class SparseEngine(Engine):
         Raises:
             ReadError: one failed.
         """
-        if self._step is not None:
-            self._native(self._step.land)
+        try:
+            self._land()
+            if self._step is not None:
+                self._step.land()
+        except BaseException:
+            self._forget()
+            raise
 
     @property
     def steps(self) -> bool:
@@ -104,6 +115,34 @@ class SparseEngine(Engine):
         if self._step is None or not 0 < flat.shape[0] <= EARLY_TOKENS:
             return
         self._native(self._step.early, flat, biases)
+
+    def prefetch(self, neurons: IntArray, n_tokens: int) -> None:
+        """Start reading what the layer will likely want into slots that nobody needs; its next pass waits for it.
+
+        Args:
+            neurons: sorted, unique. n_tokens: of the pass to come.
+
+        Raises:
+            ReadError: an earlier read failed.
+        """
+        with self.cache.lock:
+            try:
+                self._land()
+                self._ahead_neurons, self._ahead = self.cache.prefetch(neurons, n_tokens)
+            except BaseException:
+                self._forget()
+                raise
+
+    def _land(self) -> None:
+        """Wait for what was read ahead, before anyone looks into the slots."""
+        self._wait(self._ahead)
+        self._ahead = None
+
+    def _count_ahead(self, wanted: IntArray) -> None:
+        """Of the neurons that were wanted and found, some were there only because they had been read ahead."""
+        n = len(np.intersect1d(self._ahead_neurons, wanted, assume_unique=True))
+        self._ahead_neurons = np.empty(0, np.int64)
+        self._stats.add(neurons_hit=-n, neurons_read=n, neurons_early=n)
 
     def _few_tokens(
         self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray
@@ -176,16 +215,24 @@ class SparseEngine(Engine):
         """The cache and the scratch are this thread's; if the pass is stopped, neither is trusted again."""
         with self._work.lock, self.cache.lock:
             try:
+                self._land()
                 if self._step is not None:
                     self._step.land()
                 self.cache.window.tick(n_tokens)
                 yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
-                if self._step is not None:
-                    self._step.settle()
-                self.cache.reset()
+                self._forget()
                 self._work.forget()
                 raise
+
+    def _forget(self) -> None:
+        """A pass was stopped: wait for what is being read, and trust no slot."""
+        if self._step is not None:
+            self._step.settle()
+        if self._ahead is not None:
+            self._ahead.settle()
+        self._ahead, self._ahead_neurons = None, np.empty(0, np.int64)
+        self.cache.reset()
 
     def _wait(self, ticket: Ticket | None) -> None:
         if ticket is not None:

@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from hf_flash import ops
+from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, find_blocks, get_activation
 from hf_flash.ffn import FlashFFN
+from hf_flash.gates import CertifiedGate
+from hf_flash.sparse import SparseEngine
 
 
 class Observer(Protocol):
@@ -53,8 +56,18 @@ def tap(model: nn.Module, observer: Observer) -> Iterator[list[FFNBlock]]:
 
     Returns:
         The blocks that are watched.
+
+    Raises:
+        FlashError: the model's gate is one that loses neurons.
     """
     blocks = watched_blocks(model)
+    for module in model.modules():
+        engine = getattr(module, "engine", None)
+        if isinstance(engine, SparseEngine) and not isinstance(engine.gate, CertifiedGate):
+            raise FlashError(
+                f"The gate of {engine.layer.path} leaves out neurons that fire, so not all that fires would be seen. "
+                "Load the model with FlashConfig(gate='all')."
+            )
 
     def told(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: FFNBlock) -> None:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))

@@ -35,7 +35,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            again = "; run the same command again to go on" if ctx.invoked_subcommand == "repack" else ""
+            again = "; run the same command again to go on" if ctx.invoked_subcommand in ("repack", "calibrate") else ""
             err.print(f"\ninterrupted{again}", style="yellow", highlight=False)
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `hf-flash inspect ... | head`

@@ -45,6 +45,10 @@ class Window:
         self._key[neurons] = np.log2(1.0 + np.exp2(np.maximum(self._key[neurons] - now, -1000.0))) + now
         self._last[neurons] = self.clock
 
+    def recent(self) -> IntArray:
+        """[k] neurons that the window's tokens used."""
+        return np.flatnonzero(self.clock - self._last < self.n_tokens)
+
     def worth(self) -> npt.NDArray[np.float64]:
         """[n_neurons] log2 of what every neuron is worth now; -1e300 for those that were never used."""
         return np.where(self._key > _NEVER, self._worth(slice(None)) - self.clock / self.half_life, _NEVER)

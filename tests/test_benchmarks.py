@@ -26,6 +26,7 @@ QUESTIONS = (
     "reads",
     "kernels",
     "scaling",
+    "predicted",
     "eviction",
     "order",
 )

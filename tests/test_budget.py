@@ -65,7 +65,7 @@ def check(demand: Demand, plan: Plan, memory: int) -> None:
     held = read = 0
     for layer in demand.layers:
         certified = plan.gates[layer.path] == "certified"
-        assert certified == bool(layer.sketch_bytes)
+        assert certified == (layer.gate == "certified")
         if certified:
             assert 0 <= plan.slots[layer.path] <= layer.n_neurons
             held += plan.slots[layer.path] * layer.row_bytes
@@ -119,7 +119,7 @@ def test_with_enough_memory_nothing_is_read(demand: Demand) -> None:
     assert plan.streamed == plan.packed == []
     assert plan.unpacked
     assert plan.gate_bits == (8 if any(layer.sketches for layer in demand.layers) else 0)
-    assert all(plan.slots[layer.path] == layer.n_neurons for layer in demand.layers if layer.sketch_bytes)
+    assert all(plan.slots[layer.path] == layer.n_neurons for layer in demand.layers if layer.gate == "certified")
 
 
 @settings(max_examples=150, deadline=None)

@@ -100,7 +100,11 @@ def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased) -> None:
         ids, last = gate.decide(x, bias)
         any_token = torch.zeros(n, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids), True)
         upper = gate.upper(x, bias)
-        sure = (upper.abs() > 1e-4 * upper.abs().max()).all(0)  # elsewhere the order of a float sum decides
+        off = 1e-4 * upper.abs().max()  # here the order of a float sum decides
+        if n_tokens == 1:  # scanned in whole numbers: inputs are rounded to 16 bits, which the bound makes up for
+            off = off + gate.sketch.norm * x.float().abs().max() * d_model**0.5 / 32512
+        sure = (upper.abs() > off).all(0)
+        assert sure.float().mean() > 0.97
         wanted = gate.wanted(x, bias)
         assert torch.equal(any_token[sure], wanted.any(0)[sure])
         assert torch.equal(last[sure], wanted[-1][sure])

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from hf_flash.gates.certified import CertifiedGate, Sketch
+from typing import Protocol
 
-__all__ = ["CertifiedGate", "Sketch"]
+import torch
+
+from hf_flash.gates.certified import CertifiedGate, Sketch
+from hf_flash.gates.predicted import PredictedGate, Predictor
+from hf_flash.plan import IntArray
+
+__all__ = ["CertifiedGate", "Gate", "PredictedGate", "Predictor", "Sketch"]
+
+
+class Gate(Protocol):
+    """Decides which neurons some tokens need."""
+
+    def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
+        """Sorted numbers of the neurons that any of the tokens needs, and [n_neurons] bool: those of the last one."""

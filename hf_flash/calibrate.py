@@ -1,0 +1,337 @@
+"""Calibration: run a model over a text, under its cap, and learn from what its neurons did.
+
+What is learned goes into gates.safetensors of the flash checkpoint, the figures into config.json and the model card:
+predictors for gate `predicted`, and lookahead predictors if they are asked for. Nobody who needs this can hold the
+dense model, so the flash model is run with gate `all`, which computes what the dense one does. Its FFN inputs and
+firing neurons are recorded on disk (recording.py), then one layer after the other is trained from there (fit.py). All
+of it is kept in a folder `.calibration` until the end: the same command goes on where an interrupted one stopped, and
+ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import safe_open, save_file
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+
+from hf_flash import card, gate_file, hub, quantizer
+from hf_flash.checkpoint import WEIGHTS_INDEX, load_json
+from hf_flash.config import QUANT_METHOD, FlashConfig
+from hf_flash.corpus import check_text, sequences
+from hf_flash.errors import CheckpointError, DiskFullError, FlashConfigError, MemoryCapError
+from hf_flash.families import get_activation, zero_below
+from hf_flash.fit import MIN_TOKENS, Fitted, Target, fit
+from hf_flash.format import atomic_text
+from hf_flash.gates import Predictor
+from hf_flash.layout import format_size
+from hf_flash.output import copy_side_files, only_writer
+from hf_flash.preview import Preview, look
+from hf_flash.recording import Recording, record
+from hf_flash.repack import repack
+from hf_flash.save import link
+from hf_flash.store import GATES_NAME, flash_file_names
+
+WORK_NAME = ".calibration"
+_BATCH_TOKENS, _LENGTH = 2048, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was made.
+
+    Attributes:
+        folder: the flash checkpoint.
+        report: as config.json holds it under quantization_config.calibration.
+    """
+
+    folder: Path
+    report: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"folder": str(self.folder), **self.report}
+
+
+@dataclasses.dataclass
+class Findings:
+    """What a recording taught, on its way into the checkpoint.
+
+    Attributes:
+        tensors: of gates.safetensors, by name. header: JSON-able values for its header, by key.
+        report: figures for people, by subject. instead_of: parts of the names of tensors that these replace.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    header: dict[str, Any]
+    report: dict[str, Any]
+    instead_of: tuple[str, ...] = ()
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    memory: int | str | None = None,
+    recall: float = 0.99,
+    precision: float = 0.5,
+    lookahead: bool = False,
+    lookahead_recall: float = 0.9,
+    max_tokens: int = 65536,
+    epochs: int = 4,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Calibration:
+    """Train predictors for a model on a text.
+
+    Args:
+        model: a flash checkpoint folder, or with `output` also a stock folder or Hub repo, which is repacked first.
+        text: a UTF-8 file like what the model will read.
+        output: folder for the calibrated checkpoint; by default `model` itself, in place.
+        memory: cap for running the model, as in FlashConfig.
+        recall: share of the firing neurons that the gate `predicted` must read, on held-out text.
+        precision: share of what it reads that must fire, where a rank can do that.
+        lookahead: make predictors that start a layer's reads one layer early, too.
+        lookahead_recall: their recall; what they miss costs a read later, what they guess wrongly one now.
+        max_tokens: of the text, taken from all over it.
+        epochs, seed: of the training.
+        trust_remote_code: as in from_pretrained.
+        progress: show bars.
+
+    Returns:
+        The folder and the report.
+
+    Raises:
+        FlashError: what is wrong with the model, the text or the disk, and what to do. What was done until then stays
+            in the folder's `.calibration` and is continued.
+    """
+    target = Target(recall, precision, epochs, seed)
+    ahead = Target(lookahead_recall, min(precision, 0.3), epochs, seed) if lookahead else None
+    if type(max_tokens) is not int or max_tokens < MIN_TOKENS:
+        raise FlashConfigError(f"max_tokens={max_tokens!r}: give at least {MIN_TOKENS} tokens to learn from.")
+    digest = check_text(text)
+    folder = _folder(model, output, trust_remote_code, progress)
+    with only_writer(folder):
+        preview = _preview(folder, memory, trust_remote_code)
+        _check_activations(preview)
+        ids = _token_ids(folder, text, preview, max_tokens, trust_remote_code)
+        work = _work(folder, preview, digest, ids)
+        recording = _record(preview, ids, work, trust_remote_code, progress)
+        findings = _predictors(recording, work, target, ahead, progress)
+        findings.report = {"text": Path(text).name, "n_tokens": recording.n_tokens, **findings.report}
+        _publish(folder, findings)
+        shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+    return Calibration(folder, findings.report)
+
+
+def _folder(
+    model: str | os.PathLike[str], output: str | os.PathLike[str] | None, trust_remote_code: bool, progress: bool
+) -> Path:
+    """The flash checkpoint that is written to: `model` itself, a copy of it, or what repacking it gives."""
+    source = hub.local_folder(model)
+    is_flash = (load_json(source / "config.json").get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+    target = source if output is None else Path(output)
+    if output is None and (not is_flash or not Path(model).expanduser().is_dir()):
+        what = "in the Hub's cache" if is_flash else "a stock checkpoint"
+        raise CheckpointError(
+            f"{model} is {what}, and calibration writes into a flash checkpoint folder. Give one to write with "
+            "--output FOLDER (output=...)."
+        )
+    if not is_flash:
+        return target if _is_finished(target) else repack(
+            model, target, trust_remote_code=trust_remote_code, progress=progress
+        )  # fmt: skip
+    if target.resolve() != source.resolve() and not _is_finished(target):
+        _copy(source, target)
+    return target
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether an interrupted calibration made this folder already; what it is of is checked when it is opened."""
+    return (folder / "config.json").is_file()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A checkpoint in another folder, config.json last; weights are linked where the file system allows it."""
+    target.mkdir(parents=True, exist_ok=True)
+    copy_side_files(source, target)
+    for path in source.glob("*.safetensors"):
+        link(path, target / path.name)
+    for name in (WEIGHTS_INDEX, "README.md", "config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / (name + ".partial"))
+            os.replace(target / (name + ".partial"), target / name)
+
+
+def _preview(folder: Path, memory: int | str | None, trust_remote_code: bool) -> Preview:
+    """The model as it will be run: gate `all`, as many sequences at once as the cap has room for."""
+    preview = look(folder, FlashConfig(memory, gate="all"), trust_remote_code=trust_remote_code)
+    limit = getattr(preview.skeleton.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(_LENGTH, limit if limit and limit > 0 else _LENGTH)
+    cap, n = preview.config.cap(), max(1, _BATCH_TOKENS // length)
+    while True:
+        options = preview.with_options(memory=cap, context=length, batch_size=n)
+        if cap >= options.smallest_cap:
+            return options
+        if n == 1:
+            raise MemoryCapError(
+                f"memory={format_size(cap)} is too small to run {folder} over sequences of {length} tokens. The "
+                f"smallest cap that would do is {format_size(options.smallest_cap)}: pass --memory "
+                f"{options.smallest_cap >> 20}MiB."
+            )
+        n //= 2
+
+
+def _check_activations(preview: Preview) -> None:
+    for block in preview.blocks:
+        activation = get_activation(preview.skeleton, block)
+        if zero_below(activation) is None:
+            name = getattr(activation, "__name__", type(activation).__name__)
+            raise FlashConfigError(
+                f"{block.path} has the activation {name}, which is zero nowhere to speak of: every neuron fires, and "
+                "there is nothing to predict. Predictors are for ReLU and its kin."
+            )
+
+
+def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder} has no tokenizer that could be read ({why}). Put the model's there."
+        ) from error
+    assert preview.config.context is not None
+    ids = sequences(text, tokenizer, preview.config.context, max_tokens)
+    if ids.numel() < MIN_TOKENS:
+        raise FlashConfigError(
+            f"{text} has {ids.numel()} tokens: too few, {MIN_TOKENS} are the least, 50,000 are better. Give more text."
+        )
+    return ids
+
+
+def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:
+    """The folder of what is done so far for these tokens and this way of running them; others' leftovers go."""
+    key = f"{text}|{tuple(ids.shape)}|{preview.config.batch_size}|{preview.skeleton.dtype}"
+    work = folder / WORK_NAME / hashlib.sha256(key.encode()).hexdigest()[:16]
+    for other in (folder / WORK_NAME).glob("*"):
+        if other != work:
+            shutil.rmtree(other, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    size = preview.skeleton.dtype.itemsize
+    needed = ids.numel() * sum(block.d_model * size + -(-block.d_ffn // 8) for block in preview.blocks)
+    have = shutil.disk_usage(work).free + sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
+    if have < needed:
+        raise DiskFullError(
+            f"No room in {folder}: recording {ids.numel()} tokens takes {format_size(needed)}, {format_size(have)} are "
+            "free. Free some space, or take fewer tokens with --max-tokens."
+        )
+    return work
+
+
+def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: bool, progress: bool) -> Recording:
+    batches = list(ids.split(preview.config.batch_size))
+    quantizer.register()
+    encoder = preview.skeleton.config.is_encoder_decoder
+    auto: Any = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(
+        preview.name, quantization_config=preview.config, dtype=preview.skeleton.dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return record(model, batches, work / "recording", progress=progress)
+
+
+def _train(
+    recording: Recording, work: Path, target: Target, ahead: Target | None, progress: bool
+) -> tuple[dict[str, Fitted], dict[str, tuple[str, Fitted]]]:
+    """Predictors by module path, and lookahead predictors with the module whose input they see."""
+    layers = recording.layers
+    pairs = list(itertools.pairwise(layers)) if ahead is not None else []
+    bar = tqdm(total=len(layers) + len(pairs), desc="Training", unit="predictor", disable=not progress,
+               bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]")  # fmt: skip
+    with bar:
+        own = {layer: _fitted(recording, work, layer, layer, target, bar) for layer in layers}
+        early = {b: (a, _fitted(recording, work, a, b, ahead, bar)) for a, b in pairs if ahead is not None}
+    return own, early
+
+
+def _fitted(recording: Recording, work: Path, seen: str, guessed: str, target: Target, bar: Any) -> Fitted:
+    """A predictor, trained or as an interrupted run left it."""
+    key = json.dumps([seen, guessed, dataclasses.asdict(target)])
+    path = work / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        made = fit(recording, seen, guessed, target, bar.update)
+        figures = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name != "predictor"}
+        words = {"figures": json.dumps({**figures, "threshold": made.predictor.threshold})}
+        temporary = path.with_suffix(".partial")
+        save_file(made.predictor.tensors(), temporary, words)
+        os.replace(temporary, path)
+    else:
+        bar.update(1)
+    with safe_open(path, framework="pt") as file:
+        figures = json.loads(file.metadata()["figures"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Fitted(Predictor(**tensors, threshold=figures.pop("threshold")), **figures)
+
+
+def _predictors(
+    recording: Recording, work: Path, target: Target, ahead: Target | None, progress: bool
+) -> Findings:  # fmt: skip
+    """Predictors of every layer, and what they are worth."""
+    own, early = _train(recording, work, target, ahead, progress)
+    tensors: dict[str, torch.Tensor] = {}
+    for path, fitted in own.items():
+        tensors |= {f"{path}.predictor.{name}": t for name, t in fitted.predictor.tensors().items()}
+    for path, (_, fitted) in early.items():
+        tensors |= {f"{path}.lookahead.{name}": t for name, t in fitted.predictor.tensors().items()}
+
+    def said(p: Predictor) -> dict[str, Any]:
+        return {"rank": p.rank, "d_model": p.inner.shape[1], "threshold": p.threshold}
+
+    header = {
+        gate_file.PREDICTORS_KEY: {path: said(fitted.predictor) for path, fitted in own.items()},
+        gate_file.LOOKAHEAD_KEY: {path: {"from": seen, **said(f.predictor)} for path, (seen, f) in early.items()},
+    }
+    report = {"predicted": _figures(target, [({"layer": path}, fitted) for path, fitted in own.items()])}
+    if ahead is not None:
+        rows = [({"layer": path, "from": seen}, fitted) for path, (seen, fitted) in early.items()]
+        report["lookahead"] = _figures(ahead, rows)
+    return Findings(tensors, header, report, instead_of=(".predictor.", ".lookahead."))
+
+
+def _figures(target: Target, rows: list[tuple[dict[str, str], Fitted]]) -> dict[str, Any]:
+    """Of all layers together, and by layer."""
+    all_of = [fitted for _, fitted in rows]
+    fired, wanted = sum(f.fired for f in all_of), sum(f.wanted for f in all_of)
+    right, n = sum(f.fired * f.recall for f in all_of), sum(f.n_neurons for f in all_of)
+    shares = {
+        "recall": right / fired if fired else 1.0, "precision": right / wanted if wanted else 1.0,
+        "fired": fired / n, "wanted": wanted / n,
+    }  # fmt: skip
+    return {
+        "target": dataclasses.asdict(target), **{name: round(value, 5) for name, value in shares.items()},
+        "n_bytes": sum(f.predictor.n_bytes for f in all_of), "layers": [{**name, **f.to_dict()} for name, f in rows],
+    }  # fmt: skip
+
+
+def _publish(folder: Path, findings: Findings) -> None:
+    """Put what was found where readers look for it, each file at once."""
+    header = {**findings.header, gate_file.CALIBRATION_KEY: findings.report}
+    like = folder / flash_file_names(folder)[0]
+    gate_file.rewrite(folder / GATES_NAME, findings.tensors, header, like, findings.instead_of)
+    raw = load_json(folder / "config.json")
+    raw["quantization_config"]["calibration"] = findings.report
+    card.write_calibration(folder, findings.report)
+    with atomic_text(folder / "config.json") as text:
+        text.append(json.dumps(raw, indent=2) + "\n")

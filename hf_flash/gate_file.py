@@ -1,0 +1,99 @@
+"""gates.safetensors: what gates know of a model. Sketches, predictors, what calibration measured; read piece by piece.
+
+Repacking writes the sketches; whatever is learned later joins them through `rewrite`, which keeps the rest as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_flash.format import ORDER_KEY, SOURCE_KEY, VERSION_KEY, TensorFile, TensorFileWriter, TensorSpec, read_header
+from hf_flash.gates import Predictor, Sketch
+from hf_flash.gates.certified import SKETCH_KIND
+from hf_flash.gates.predicted import TENSORS
+from hf_flash.store import DTYPE_NAMES, read_checked
+
+GATES_KEY = "hf_flash.gates"  # header metadata: module path -> its sketch
+PREDICTORS_KEY = "hf_flash.predictors"  # module path -> its predictor
+LOOKAHEAD_KEY = "hf_flash.lookahead"  # module path -> its predictor from another module's input
+CALIBRATION_KEY = "hf_flash.calibration"  # what calibration measured
+_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", **DTYPE_NAMES}
+
+
+class GateFile:
+    """An open gates file; only its header is in memory.
+
+    Attributes:
+        sketches, predictors, lookahead: what the header says of each, by module path; other kinds are left out.
+        calibration: what was measured when the predictors were made, {} without.
+
+    Raises:
+        CheckpointError: it is torn.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: TensorFile = read_header(path)
+        kinds = _json(self._file, GATES_KEY)
+        self.sketches = {path: kind for path, kind in kinds.items() if kind.get("kind") == SKETCH_KIND}
+        self.predictors, self.lookahead = _json(self._file, PREDICTORS_KEY), _json(self._file, LOOKAHEAD_KEY)
+        self.calibration = _json(self._file, CALIBRATION_KEY)
+
+    def sketch(self, path: str, bits: int) -> Sketch:
+        """The first `bits` bits of a module's sketch, in anonymous memory."""
+        get = lambda name: self._tensor(f"{path}.sketch.{name}")  # noqa: E731
+        planes = [get(f"plane{i}") for i in range(5, bits + 1)]
+        d_model = self.sketches[path]["d_model"]
+        return Sketch(get("nibbles"), planes, get("step"), get("norm"), get("dither"), d_model)
+
+    def predictor(self, path: str, lookahead: bool = False) -> Predictor:
+        """A module's predictor, or the one that sees another module's input; in anonymous memory."""
+        said, kind = (self.lookahead, "lookahead") if lookahead else (self.predictors, "predictor")
+        inner, outer, bias = (self._tensor(f"{path}.{kind}.{name}") for name in TENSORS)
+        return Predictor(inner, outer, bias, said[path]["threshold"])
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        entry = self._file.entries[name]
+        return read_checked(self._file, entry).view(_DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _json(file: TensorFile, key: str) -> dict[str, Any]:
+    out: dict[str, Any] = json.loads(file.metadata.get(key, "{}"))
+    return out
+
+
+def rewrite(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], like: Path,
+    instead_of: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Write a gates file with some tensors and header entries replaced or added, and all else as it was; atomically.
+
+    Args:
+        path: of the gates file; there may be none yet.
+        tensors: by name.
+        metadata: JSON-able values by header key.
+        like: a flash file of the same checkpoint, for the name of its source.
+        instead_of: tensors of the file with one of these in their name are left out.
+    """
+    old = read_header(path) if path.is_file() else None
+    gone = lambda name: name in tensors or any(part in name for part in instead_of)  # noqa: E731
+    kept = [entry for name, entry in old.entries.items() if not gone(name)] if old else []
+    stored = (old or read_header(like)).metadata
+    origin = (SOURCE_KEY, ORDER_KEY, VERSION_KEY)
+    words = {k: v for k, v in stored.items() if k in origin or (old and not k.endswith("crc32"))}
+    words |= {key: json.dumps(value) for key, value in metadata.items()}
+    specs = [TensorSpec(entry.name, entry.dtype, entry.shape, entry.n_bytes) for entry in kept]
+    specs += [TensorSpec(name, _NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    with contextlib.closing(TensorFileWriter(path, specs, words)) as writer:
+        for entry in kept:
+            assert old is not None
+            writer.write(entry.name, read_checked(old, entry).numpy().data)
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
+        writer.finish()
