@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "FATReLU", "FlashConfig", "FlashError", "FlashStats", "calibrate", "is_flash", "patch", "plan", "profile", "push",
-    "repack", "smallest_cap", "stats", "verify",
+    "FATReLU", "FlashConfig", "FlashError", "FlashStats", "calibrate", "evaluate", "is_flash", "patch", "plan",
+    "profile", "push", "repack", "smallest_cap", "stats", "verify",
 ]  # fmt: skip
 
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING or not _is_command():
     from hf_flash.calibrate import calibrate
     from hf_flash.config import FlashConfig
     from hf_flash.errors import FlashError
+    from hf_flash.evaluate import evaluate
     from hf_flash.families import FATReLU
     from hf_flash.hub import push
     from hf_flash.patch import is_flash, patch

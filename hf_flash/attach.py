@@ -29,9 +29,11 @@ from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
 from hf_flash.format import ORDER_KEY, SOURCE_KEY, read_header
 from hf_flash.gate_file import GATES_KEY, PREDICTORS_KEY, GateFile
-from hf_flash.gates import CertifiedGate, Gate, PredictedGate
+from hf_flash.gates import CertifiedGate, Gate, PredictedGate, ThresholdGate
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, sketch_bytes
 from hf_flash.gates.predicted import predictor_bytes, scratch_bytes
+from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
+from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import return_large_blocks, trim_malloc
@@ -55,6 +57,7 @@ class Geometry:
     sketch_bits: int  # 0: no sketch
     predictor_rank: int = 0  # 0: no predictor
     lookahead: tuple[int, int] = (0, 0)  # rank, and length of the input, of the one that sees another layer's input
+    thresholds: bool = False  # for gate `threshold`
 
 
 class FlashRuntime:
@@ -98,8 +101,9 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
             rank = gates.predictors.get(name, {}).get("rank", 0) if gates else 0
             ahead = gates.lookahead.get(name, {}) if gates else {}
             out[name] = Geometry(
-                layout_of(layer), layer["n_neurons"], bits, rank, (ahead.get("rank", 0), ahead.get("d_model", 0))
-            )
+                layout_of(layer), layer["n_neurons"], bits, rank, (ahead.get("rank", 0), ahead.get("d_model", 0)),
+                gates is not None and name in gates.thresholds,
+            )  # fmt: skip
     return out
 
 
@@ -213,6 +217,13 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
             f"gate='predicted' cannot be had: the checkpoint has no predictor for {block.path}. Make them with "
             "`hf-flash calibrate FOLDER --text FILE` (a folder that `hf-flash repack` wrote), or leave the gate 'auto'."
         )
+    if config.gate == "threshold":
+        _check_thresholds(block.path, can, geometry)
+    elif config.gate == "auto" and config.sparsity is not None:
+        raise FlashConfigError(
+            f"sparsity={config.sparsity} is for gate='threshold', which has to be asked for by name."
+        )
+    thresholded = config.gate == "threshold"
     certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
     if can and config.gate == "auto" and not certified:
         logger.warning_once(
@@ -220,16 +231,38 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
             "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
         )
     predicted = config.gate == "predicted"
-    stored = range(4, geometry.sketch_bits + 1) if certified else ()
-    scratch = {"certified": GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8, "predicted": scratch_bytes(n)}
+    stored = range(4, geometry.sketch_bits + 1) if certified or thresholded else ()
+    scratch = {
+        "certified": GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8, "predicted": scratch_bytes(n),
+        "threshold": threshold_scratch_bytes(layout.d_model),
+    }  # fmt: skip
+    kind = config.gate if predicted or thresholded else "certified"
     rank, d_before = geometry.lookahead if config.lookahead and (certified or predicted) else (0, 0)
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
         tuple(sketch_bytes(n, layout.d_model, bits) for bits in stored),
-        scratch["certified" if certified else "predicted"] if certified or predicted else 0, layout.packed,
+        scratch[kind] if certified or predicted or thresholded else 0, layout.packed,
         predictor_bytes(n, layout.d_model, geometry.predictor_rank) if predicted else 0,
-        predictor_bytes(n, d_before, rank) if rank else 0,
+        predictor_bytes(n, d_before, rank) if rank else 0, thresholded,
     )  # fmt: skip
+
+
+def _check_thresholds(path: str, is_zero_below: bool, geometry: Geometry) -> None:
+    """Refuse gate `threshold` where it cannot be had; where it can, say once that it costs quality."""
+    if is_zero_below:
+        raise FlashConfigError(
+            f"gate='threshold' is for activations that are never exactly zero (SiLU, GELU); that of {path} is. Use "
+            "gate='certified', which loses nothing, or leave it 'auto'."
+        )
+    if not (geometry.thresholds and geometry.sketch_bits):
+        raise FlashConfigError(
+            f"gate='threshold' cannot be had: the checkpoint has no threshold for {path}. Make them with `hf-flash "
+            "calibrate FOLDER --text FILE` (a folder that `hf-flash repack` wrote), or leave the gate 'auto'."
+        )
+    logger.warning_once(
+        "gate='threshold' drops activations below a threshold: answers differ from the model's. `hf-flash eval` "
+        "measures by how much."
+    )
 
 
 def _matrices(model: PreTrainedModel, ffn_keys: set[str], located: Located | None) -> list[Matrix]:
@@ -319,11 +352,21 @@ def swap(model: PreTrainedModel, blocks: list[FFNBlock], runtime: FlashRuntime) 
             new = _replacement(model.get_submodule(name), path in runtime.plan.packed)
             setattr(model.get_submodule(parent), leaf, new)
         patterns.append(re.escape(f"{path}.weight"))
+    _forget_ties(model, {f"{path}.weight" for path in runtime.tied})
     ignore = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     prefix = re.escape(f"{getattr(model, 'base_model_prefix', '')}.")
     # The checkpoint may have been made from the model with a head, or without one.
     model._keys_to_ignore_on_load_unexpected = ignore | {f"^({prefix})?{p.removeprefix(prefix)}$" for p in patterns}
     model._hf_flash = runtime  # type: ignore[assignment]
+
+
+def _forget_ties(model: PreTrainedModel, names: set[str]) -> None:
+    """Let model.tie_weights(), which others call (lm-evaluation-harness does), pass over what is no parameter now."""
+    for path, module in model.named_modules():
+        ties = getattr(module, "_tied_weights_keys", None)
+        if isinstance(module, PreTrainedModel) and isinstance(ties, dict):
+            prefix = f"{path}." if path else ""
+            module._tied_weights_keys = {k: v for k, v in ties.items() if prefix + k not in names}
 
 
 def _replacement(stock: Any, packed: bool) -> nn.Module:
@@ -413,6 +456,9 @@ def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime:
     if kind == "predicted":
         return PredictedGate(gates.predictor(layer.path))
     sketch = gates.sketch(layer.path, runtime.plan.gate_bits)
+    if kind == "threshold":
+        threshold = threshold_at(gates.levels(layer.path), runtime.config.sparsity or DEFAULT_SPARSITY)
+        return ThresholdGate(sketch, threshold, ffn.own_activation)
     return CertifiedGate(sketch, runtime.config.delta, zero_below(ffn.own_activation) or 0.0, layer.layout.dtype)
 
 

@@ -64,11 +64,14 @@ class Layer:
     packed: bool = False  # rows are: what is computed on is unpacked first
     predictor_bytes: int = 0
     lookahead_bytes: int = 0  # of the predictor by which an earlier layer starts this one's reads
+    thresholded: bool = False  # the sketch serves gate `threshold`
 
     @property
     def gate(self) -> str:
         """Name of the layer's gate."""
-        return "predicted" if self.predictor_bytes else "certified" if self.sketches else "all"
+        if self.sketches:
+            return "threshold" if self.thresholded else "certified"
+        return "predicted" if self.predictor_bytes else "all"
 
     def pinned_bytes(self, unpacked: bool) -> int:
         """DRAM that the layer takes when it stays there: packed, or as the stock matrices."""
@@ -107,7 +110,7 @@ class Plan:
     Attributes:
         memory: the cap, bytes.
         parts: name -> bytes; they sum to at most `memory`.
-        gates: FFN path -> "all", "certified" or "predicted".
+        gates: FFN path -> "all", "certified", "predicted" or "threshold".
         pinned_rows: FFN path -> rows that stay in DRAM (gate `all`).
         slots: FFN path -> slots (the other gates).
         gate_bits: bits of the sketches that are kept in DRAM (0: there are none).
@@ -158,7 +161,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
     """
-    share = 256 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
+    share = 128 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
     chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
         plan = _divide(demand, memory, chunk)
@@ -227,9 +230,11 @@ def _sketch_bits(sparse: Sequence[Layer], left: int, least: int) -> tuple[int, i
     follows from the bound for normal weights and inputs (docs/log.md); a cache of c misses exp(-c / 1.7 wanted) of them
     (the paper's window: 24 % of the neurons hold three quarters of the 10 % that a token wants).
     """
-    certified = [layer for layer in sparse if layer.gate == "certified"]
+    certified = [layer for layer in sparse if layer.sketches]
     if not certified:
         return 0, 0
+    if any(layer.thresholded for layer in certified):  # fewer bits would not cost reads, but quality
+        return 3 + min(len(layer.sketches) for layer in certified), sum(layer.sketches[-1] for layer in certified)
     rows = sum(layer.n_neurons * layer.row_bytes for layer in certified)
     best, lowest = (4, sum(layer.sketches[0] for layer in certified)), float("inf")
     for bits in range(4, 4 + min(len(layer.sketches) for layer in certified)):

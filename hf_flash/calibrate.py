@@ -6,6 +6,9 @@ dense model, so the flash model is run with gate `all`, which computes what the 
 firing neurons are recorded on disk (recording.py), then one layer after the other is trained from there (fit.py). All
 of it is kept in a folder `.calibration` until the end: the same command goes on where an interrupted one stopped, and
 ends with the same bytes.
+
+For activations that are never exactly zero (SiLU, GELU) there is nothing to predict. One pass over the text sets the
+thresholds of gate `threshold` (thresholds.py); an interrupted one starts anew.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from hf_flash import card, gate_file, hub, quantizer
+from hf_flash import card, gate_file, hub, quantizer, thresholds
 from hf_flash.checkpoint import WEIGHTS_INDEX, load_json
 from hf_flash.config import QUANT_METHOD, FlashConfig
 from hf_flash.corpus import check_text, sequences
@@ -36,12 +40,11 @@ from hf_flash.gates import Predictor
 from hf_flash.layout import format_size
 from hf_flash.output import copy_side_files, only_writer
 from hf_flash.preview import Preview, look
-from hf_flash.recording import Recording, record
+from hf_flash.recording import WORK_NAME, Recording, record
 from hf_flash.repack import repack
-from hf_flash.save import link
+from hf_flash.save import link, runtime_of
 from hf_flash.store import GATES_NAME, flash_file_names
 
-WORK_NAME = ".calibration"
 _BATCH_TOKENS, _LENGTH = 2048, 512
 
 
@@ -69,12 +72,14 @@ class Findings:
     Attributes:
         tensors: of gates.safetensors, by name. header: JSON-able values for its header, by key.
         report: figures for people, by subject. instead_of: parts of the names of tensors that these replace.
+        later: tensors that are made while they are written.
     """
 
     tensors: dict[str, torch.Tensor]
     header: dict[str, Any]
     report: dict[str, Any]
     instead_of: tuple[str, ...] = ()
+    later: gate_file.Later | None = None
 
 
 def calibrate(
@@ -91,6 +96,7 @@ def calibrate(
     epochs: int = 4,
     seed: int = 0,
     trust_remote_code: bool = False,
+    keep_recording: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Train predictors for a model on a text.
@@ -107,6 +113,7 @@ def calibrate(
         max_tokens: of the text, taken from all over it.
         epochs, seed: of the training.
         trust_remote_code: as in from_pretrained.
+        keep_recording: leave what was recorded in the folder's `.calibration`, for `repack(..., order=folder)`.
         progress: show bars.
 
     Returns:
@@ -124,14 +131,18 @@ def calibrate(
     folder = _folder(model, output, trust_remote_code, progress)
     with only_writer(folder):
         preview = _preview(folder, memory, trust_remote_code)
-        _check_activations(preview)
+        whispering = _never_silent(preview)
         ids = _token_ids(folder, text, preview, max_tokens, trust_remote_code)
-        work = _work(folder, preview, digest, ids)
-        recording = _record(preview, ids, work, trust_remote_code, progress)
-        findings = _predictors(recording, work, target, ahead, progress)
-        findings.report = {"text": Path(text).name, "n_tokens": recording.n_tokens, **findings.report}
+        if whispering:
+            findings = _thresholds(_open(preview, trust_remote_code), ids.split(preview.config.batch_size), progress)
+        else:
+            work = _work(folder, preview, digest, ids)
+            recording = _record(preview, ids, work, trust_remote_code, progress)
+            findings = _predictors(recording, work, target, ahead, progress)
+        findings.report = {"text": Path(text).name, "n_tokens": ids.numel(), **findings.report}
         _publish(folder, findings)
-        shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+        if not keep_recording:
+            shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
     return Calibration(folder, findings.report)
 
 
@@ -193,15 +204,20 @@ def _preview(folder: Path, memory: int | str | None, trust_remote_code: bool) ->
         n //= 2
 
 
-def _check_activations(preview: Preview) -> None:
-    for block in preview.blocks:
-        activation = get_activation(preview.skeleton, block)
-        if zero_below(activation) is None:
-            name = getattr(activation, "__name__", type(activation).__name__)
-            raise FlashConfigError(
-                f"{block.path} has the activation {name}, which is zero nowhere to speak of: every neuron fires, and "
-                "there is nothing to predict. Predictors are for ReLU and its kin."
-            )
+def _never_silent(preview: Preview) -> bool:
+    """Whether the activations are never exactly zero: thresholds are for those, predictors for the others.
+
+    Raises:
+        FlashConfigError: some are, and some are not.
+    """
+    zero = {block.path: zero_below(get_activation(preview.skeleton, block)) is not None for block in preview.blocks}
+    if len(set(zero.values())) > 1:
+        some = [next(path for path, is_zero in zero.items() if is_zero == way) for way in (True, False)]
+        raise FlashConfigError(
+            f"{some[0]} has an activation that is zero below zero, {some[1]} one that is not: there is no gate that "
+            "both could be calibrated for."
+        )
+    return not any(zero.values())
 
 
 def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
@@ -242,6 +258,25 @@ def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:
 
 def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: bool, progress: bool) -> Recording:
     batches = list(ids.split(preview.config.batch_size))
+    return record(_open(preview, trust_remote_code), batches, work / "recording", progress=progress)
+
+
+def _thresholds(model: PreTrainedModel, batches: Sequence[torch.Tensor], progress: bool) -> Findings:
+    """Thresholds and sketches of every layer."""
+    bits = runtime_of(model).config.gate_bits
+    levels = thresholds.measure(model, batches, progress)
+    return Findings(
+        {f"{path}.thresholds": table for path, table in levels.items()},
+        {
+            gate_file.GATES_KEY: thresholds.kinds(model, bits),
+            gate_file.THRESHOLDS_KEY: {path: {"levels": len(table)} for path, table in levels.items()},
+        },
+        {"threshold": thresholds.report(model, levels, bits)}, later=thresholds.sketches(model, bits, progress),
+    )  # fmt: skip
+
+
+def _open(preview: Preview, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on flash."""
     quantizer.register()
     encoder = preview.skeleton.config.is_encoder_decoder
     auto: Any = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
@@ -249,7 +284,7 @@ def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: 
         preview.name, quantization_config=preview.config, dtype=preview.skeleton.dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return record(model, batches, work / "recording", progress=progress)
+    return model
 
 
 def _train(
@@ -329,7 +364,7 @@ def _publish(folder: Path, findings: Findings) -> None:
     """Put what was found where readers look for it, each file at once."""
     header = {**findings.header, gate_file.CALIBRATION_KEY: findings.report}
     like = folder / flash_file_names(folder)[0]
-    gate_file.rewrite(folder / GATES_NAME, findings.tensors, header, like, findings.instead_of)
+    gate_file.rewrite(folder / GATES_NAME, findings.tensors, header, like, findings.instead_of, findings.later)
     raw = load_json(folder / "config.json")
     raw["quantization_config"]["calibration"] = findings.report
     card.write_calibration(folder, findings.report)

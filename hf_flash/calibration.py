@@ -51,10 +51,15 @@ def calibrate(
     ] = False,
     epochs: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Passes over the tokens.")] = 4,
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the training.")] = 0,
+    keep_recording: Annotated[
+        bool, typer.Option("--keep-recording", help="Keep what was recorded, for `hf-flash repack --order FOLDER`.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train the predictors of the gate `predicted` on a text, for a model that need not fit into memory.
+
+    For SiLU and GELU models, which have nothing to predict, it sets the thresholds of the gate `threshold` instead.
 
     Runs the repacked model under the cap, records on disk what its neurons do, and trains layer by layer. Writes
     gates.safetensors and a report with recall, precision and neurons read by layer. An interrupted run goes on where it
@@ -66,9 +71,11 @@ def calibrate(
     made = train(
         model, text, output, memory=memory, recall=recall, precision=precision, lookahead=lookahead,
         max_tokens=max_tokens, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code,
+        keep_recording=keep_recording,
     )  # fmt: skip
     report(made.to_dict(), _view(made.report), as_json)
-    hint(f"next: hf-flash run {made.folder} --gate predicted --memory SIZE --prompt TEXT")
+    gate = "threshold --sparsity 0.5" if "threshold" in made.report else "predicted"
+    hint(f"next: hf-flash run {made.folder} --gate {gate} --memory SIZE --prompt TEXT")
 
 
 def _view(figures: dict[str, Any]) -> RenderableType:
@@ -93,5 +100,15 @@ def _view(figures: dict[str, Any]) -> RenderableType:
         shares = (f"{part['recall']:.2%}", f"{part['precision']:.1%}", f"{part['wanted']:.2%}", f"{part['fired']:.2%}")
         table.add_section()
         table.add_row("all", "", *shares, "", format_size(part["n_bytes"]))
+        tables.append(table)
+    if "threshold" in figures:
+        part = figures["threshold"]
+        size = format_size(part["n_bytes"])
+        table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
+        columns = list(part["layers"][0])
+        for column in columns:
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for row in part["layers"]:
+            table.add_row(*(str(row[column]) for column in columns))
         tables.append(table)
     return Group(*tables)

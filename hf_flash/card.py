@@ -68,7 +68,25 @@ def write_calibration(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _calibration_section(report: dict[str, Any]) -> str:
-    """Markdown: what the predictors do, by layer."""
+    """Markdown: what was learned, by layer."""
+    return _threshold_section(report) if "threshold" in report else _predictor_section(report)
+
+
+def _threshold_section(report: dict[str, Any]) -> str:
+    part = report["threshold"]
+    names = [name for name in part["layers"][0] if name != "layer"]
+    lines = [
+        "## Thresholds\n",
+        f"Set on {report['n_tokens']:,} tokens of `{report['text']}`. `gate=\"threshold\"` drops the activations below "
+        "them, which changes the answers; the share that it drops is chosen with `sparsity`. "
+        f"{format_size(part['n_bytes'])} of sketches in DRAM.\n",
+        "| layer | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names),
+    ]  # fmt: skip
+    lines += [f"| `{row['layer']}` | " + " | ".join(str(row[name]) for name in names) + " |" for row in part["layers"]]
+    return "\n".join([*lines, ""])
+
+
+def _predictor_section(report: dict[str, Any]) -> str:
     lines = [
         "## Predictors\n",
         f"Trained on {report['n_tokens']:,} tokens of `{report['text']}`; the figures are of the tenth of them that "

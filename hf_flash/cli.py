@@ -17,6 +17,7 @@ from rich.console import Console, Group
 
 from hf_flash import calibration as _calibration
 from hf_flash import doctor as _doctor
+from hf_flash import eval_command as _eval
 from hf_flash.options import (
     MEMORY,
     Active,
@@ -35,6 +36,7 @@ from hf_flash.options import (
     Raw,
     Revision,
     Seed,
+    Sparsity,
     System,
     Temperature,
     Tokenizer,
@@ -97,7 +99,7 @@ def repack(
     ] = None,
     order: Annotated[
         Path | None,
-        typer.Option(metavar="RECORDING", show_default=False, help="Neurons that fire together become neighbours."),
+        typer.Option(metavar="FOLDER", show_default=False, help="Of a recording: what is read together lies together."),
     ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -134,6 +136,7 @@ def plan(
     model: Model,
     memory: Memory = None,
     gate: Gate = "auto",
+    sparsity: Sparsity = None,
     context: Context = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=MEMORY, help="Sequences.")] = 1,
     gate_bits: GateBits = 8,
@@ -153,7 +156,9 @@ def plan(
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
 
-    config = FlashConfig(memory, gate=gate, context=context, batch_size=batch_size, gate_bits=gate_bits)
+    config = FlashConfig(
+        memory, gate=gate, context=context, batch_size=batch_size, gate_bits=gate_bits, sparsity=sparsity
+    )
     preview = look(model, config, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     smallest = preview.smallest_cap
     if config.cap() < smallest and not as_json:  # show what it takes, then say no
@@ -182,6 +187,7 @@ def run(
     max_new_tokens: MaxNewTokens = 64,
     memory: Memory = None,
     gate: Gate = "auto",
+    sparsity: Sparsity = None,
     context: Context = None,
     raw: Raw = False,
     system: System = None,
@@ -210,7 +216,7 @@ def run(
     if profile is not None:
         check_file(profile)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    config = FlashConfig(memory, gate=gate, context=context)
+    config = FlashConfig(memory, gate=gate, context=context, sparsity=sparsity)
     config.memory = config.cap()  # "what is free" once, not again when the model is opened
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     preview = look(model, config, dtype=dtype, **options)
@@ -244,6 +250,7 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
 
 
 app.command(rich_help_panel=_RUN, epilog=_doctor.EPILOG)(_doctor.doctor)
+app.command("eval", rich_help_panel=_RUN, epilog=_eval.EPILOG)(_eval.evaluate)
 
 
 @app.command(

@@ -14,7 +14,7 @@ from hf_flash.errors import FlashConfigError
 from hf_flash.layout import parse_size
 
 QUANT_METHOD = "hf_flash"
-GATES = ("auto", "all", "certified", "predicted")
+GATES = ("auto", "all", "certified", "predicted", "threshold")
 MEMORY_VARIABLE = "HF_FLASH_MEMORY"
 DEFAULT_CONTEXT = 1024
 CERTIFIED_BITS = range(4, 9)
@@ -24,7 +24,7 @@ NOTICE = (
     "from_pretrained; without it transformers refuses the checkpoint with a size mismatch, on purpose."
 )
 LOADING_ATTRIBUTES = (
-    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "lookahead",
+    "memory", "gate", "delta", "context", "batch_size", "exact", "window", "lookahead", "sparsity",
     "n_threads", "cache_dir",
 )  # fmt: skip
 
@@ -40,6 +40,8 @@ class FlashConfig(QuantizationConfigMixin):
         gate (`str`, defaults to `"auto"`): `"all"` reads every neuron, exact for any activation; `"certified"` reads
             every neuron that cannot be proved silent, exact for activations that are zero below zero; `"predicted"`
             reads those that a predictor trained by `hf-flash calibrate` names, at the loss that its report says;
+            `"threshold"` reads those of a SiLU or GELU model whose activation exceeds a threshold that `hf-flash
+            calibrate` set, and drops the others, which changes the answers (docs/quality.md);
             `"auto"` takes `certified` where the activation allows it, else `all`.
         delta (`float`, defaults to 1e-9): probability that one decision of the certified gate is wrong; 0 uses the
             deterministic bound alone.
@@ -52,6 +54,8 @@ class FlashConfig(QuantizationConfigMixin):
             between tokens may fall the other way.
         window (`int`, defaults to 0): tokens whose neurons stay in the cache before any other, as in the paper. 0 goes
             by how often and how lately a neuron was used, which reads less.
+        sparsity (`float`, *optional*): share of the activations that gate `threshold` drops, 0.01 to 0.99 (default:
+            0.5).
         n_threads (`int`, defaults to 8): reads in flight.
         cache_dir (`str`, *optional*): where stock checkpoints are repacked to. Default: `HF_FLASH_CACHE`, else
             `hf_flash` inside the Hugging Face cache folder.
@@ -75,6 +79,7 @@ class FlashConfig(QuantizationConfigMixin):
         n_threads: int = 8,
         cache_dir: str | os.PathLike[str] | None = None,
         lookahead: bool = False,
+        sparsity: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -82,6 +87,7 @@ class FlashConfig(QuantizationConfigMixin):
         self.gate, self.delta, self.gate_bits = gate, delta, gate_bits
         self.context, self.batch_size = context, batch_size
         self.exact, self.window, self.n_threads, self.lookahead = exact, window, n_threads, lookahead
+        self.sparsity = sparsity
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
         kwargs.pop("quant_method", None)
         self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
@@ -100,6 +106,12 @@ class FlashConfig(QuantizationConfigMixin):
         for name in ("exact", "lookahead"):
             if not isinstance(getattr(self, name), bool):
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.sparsity is not None and not (isinstance(self.sparsity, float) and 0.01 <= self.sparsity <= 0.99):
+            raise FlashConfigError(
+                f"sparsity={self.sparsity!r} is a share of the activations: 0.01 to 0.99, such as 0.5."
+            )
+        if self.sparsity is not None and self.gate not in ("auto", "threshold"):
+            raise FlashConfigError(f"sparsity={self.sparsity} is for gate='threshold', and the gate is {self.gate!r}.")
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
 
@@ -110,10 +122,12 @@ class FlashConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: nothing that belongs to one machine (memory, folders, threads)."""
-        out = {
+        out: dict[str, Any] = {
             "quant_method": QUANT_METHOD, "notice": NOTICE, "gate": self.gate, "delta": self.delta,
             "gate_bits": self.gate_bits, "window": self.window,
         }  # fmt: skip
+        if self.gate == "threshold":
+            out["sparsity"] = self.sparsity
         return {**{k: v for k, v in self.extra.items() if k != "notice"}, **out}
 
     def cap(self) -> int:

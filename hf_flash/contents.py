@@ -102,7 +102,8 @@ def contents(
         flash, gates = hub.flash_files(folder / "config.json", str(folder))
         layers = _layers(flash, gates)
         files = _files(folder, set(flash))
-    certified = all(layer.sketch_bits for layer in layers)
+    # Thresholds come with sketches too, of activations that the certified gate is not for.
+    certified = all(layer.sketch_bits for layer in layers) and options.get("ffn", {}).get("certified", True)
     gate = options.get("gate", "auto")
     if gate == "auto":
         gate = "certified" if certified else "all"

@@ -40,6 +40,10 @@ class Engine(ABC):
             ReadError: flash failed; the model stays usable.
         """
 
+    def activation(self, act: ops.Activation) -> ops.Activation:
+        """What is computed in place of the block's own activation: the same, unless the gate changes it."""
+        return act
+
     @abstractmethod
     def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""

@@ -47,3 +47,7 @@ class DiskFullError(FlashError, OSError):
 
 class HubError(FlashError, OSError):
     """A repo on the Hub lacks a file that a flash checkpoint needs, or could not be written."""
+
+
+class TextError(FlashError, ValueError):
+    """A text or a file of questions is missing, empty, too short, not UTF-8 or not as it should be; names the line."""

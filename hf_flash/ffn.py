@@ -189,6 +189,7 @@ class _FlashFunction(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         module: FlashFFN = ctx.module
         assert module.engine is not None
+        act = module.engine.activation(module.own_activation)
         sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, *ctx.trained)]
 
         def add(y: torch.Tensor, leaf: torch.Tensor) -> None:
@@ -200,7 +201,7 @@ class _FlashFunction(torch.autograd.Function):
         with module.engine.pieces(x, module.biases()) as pieces, torch.enable_grad():
             for neurons, gate, up, down in pieces:
                 leaf, biases = x.detach().requires_grad_(), module.biases()
-                h = ops.hidden(leaf, up, module.own_activation, gate, *biases.part(neurons))
+                h = ops.hidden(leaf, up, act, gate, *biases.part(neurons))
                 add(ops.project(h, down), leaf)
             down_bias = module.biases().down
             if down_bias is not None and down_bias.requires_grad:

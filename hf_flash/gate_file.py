@@ -6,8 +6,10 @@ Repacking writes the sketches; whatever is learned later joins them through `rew
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from hf_flash.store import DTYPE_NAMES, read_checked
 GATES_KEY = "hf_flash.gates"  # header metadata: module path -> its sketch
 PREDICTORS_KEY = "hf_flash.predictors"  # module path -> its predictor
 LOOKAHEAD_KEY = "hf_flash.lookahead"  # module path -> its predictor from another module's input
+THRESHOLDS_KEY = "hf_flash.thresholds"  # module path -> its table of thresholds
 CALIBRATION_KEY = "hf_flash.calibration"  # what calibration measured
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
 _NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", **DTYPE_NAMES}
@@ -32,7 +35,8 @@ class GateFile:
 
     Attributes:
         sketches, predictors, lookahead: what the header says of each, by module path; other kinds are left out.
-        calibration: what was measured when the predictors were made, {} without.
+        thresholds: what the header says of the tables for gate `threshold`, by module path.
+        calibration: what was measured when the others were made, {} without.
 
     Raises:
         CheckpointError: it is torn.
@@ -43,6 +47,7 @@ class GateFile:
         kinds = _json(self._file, GATES_KEY)
         self.sketches = {path: kind for path, kind in kinds.items() if kind.get("kind") == SKETCH_KIND}
         self.predictors, self.lookahead = _json(self._file, PREDICTORS_KEY), _json(self._file, LOOKAHEAD_KEY)
+        self.thresholds = _json(self._file, THRESHOLDS_KEY)
         self.calibration = _json(self._file, CALIBRATION_KEY)
 
     def sketch(self, path: str, bits: int) -> Sketch:
@@ -58,6 +63,10 @@ class GateFile:
         inner, outer, bias = (self._tensor(f"{path}.{kind}.{name}") for name in TENSORS)
         return Predictor(inner, outer, bias, said[path]["threshold"])
 
+    def levels(self, path: str) -> torch.Tensor:
+        """A module's thresholds for 1 %, 2 %, ... 99 % sparsity: [99] float32."""
+        return self._tensor(f"{path}.thresholds")
+
     def _tensor(self, name: str) -> torch.Tensor:
         entry = self._file.entries[name]
         return read_checked(self._file, entry).view(_DTYPES[entry.dtype]).view(entry.shape)
@@ -68,9 +77,17 @@ def _json(file: TensorFile, key: str) -> dict[str, Any]:
     return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """Tensors too large to hold together: what they will be, and an iterator that makes one after the other."""
+
+    specs: list[TensorSpec]
+    made: Iterable[tuple[str, torch.Tensor]]
+
+
 def rewrite(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], like: Path,
-    instead_of: tuple[str, ...] = (),
+    instead_of: tuple[str, ...] = (), later: Later | None = None,
 ) -> None:  # fmt: skip
     """Write a gates file with some tensors and header entries replaced or added, and all else as it was; atomically.
 
@@ -80,9 +97,11 @@ def rewrite(
         metadata: JSON-able values by header key.
         like: a flash file of the same checkpoint, for the name of its source.
         instead_of: tensors of the file with one of these in their name are left out.
+        later: tensors that are made while the file is written.
     """
     old = read_header(path) if path.is_file() else None
-    gone = lambda name: name in tensors or any(part in name for part in instead_of)  # noqa: E731
+    new = {*tensors, *(spec.name for spec in later.specs)} if later else {*tensors}
+    gone = lambda name: name in new or any(part in name for part in instead_of)  # noqa: E731
     kept = [entry for name, entry in old.entries.items() if not gone(name)] if old else []
     stored = (old or read_header(like)).metadata
     origin = (SOURCE_KEY, ORDER_KEY, VERSION_KEY)
@@ -90,10 +109,11 @@ def rewrite(
     words |= {key: json.dumps(value) for key, value in metadata.items()}
     specs = [TensorSpec(entry.name, entry.dtype, entry.shape, entry.n_bytes) for entry in kept]
     specs += [TensorSpec(name, _NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    specs += later.specs if later else []
     with contextlib.closing(TensorFileWriter(path, specs, words)) as writer:
         for entry in kept:
             assert old is not None
             writer.write(entry.name, read_checked(old, entry).numpy().data)
-        for name, tensor in tensors.items():
+        for name, tensor in itertools.chain(tensors.items(), later.made if later else ()):
             writer.write(name, tensor.contiguous().view(torch.uint8).numpy().data)
         writer.finish()

@@ -35,7 +35,15 @@ Gate = Annotated[
     typer.Option(
         metavar="GATE", rich_help_panel=MEMORY,
         help="all: stream every neuron. certified: read those that may fire (ReLU and its kin). predicted: those that "
-        "`hf-flash calibrate` learned to name, not exact. auto: the best that is exact.",
+        "`hf-flash calibrate` learned to name, not exact. threshold: those above a threshold (SiLU, GELU), not exact. "
+        "auto: the best that is exact.",
+    ),
+]  # fmt: skip
+Sparsity = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", rich_help_panel=MEMORY, show_default=False,
+        help="Of the activations, this much is dropped by gate threshold. Default: 0.5.",
     ),
 ]  # fmt: skip
 Context = Annotated[

@@ -51,7 +51,7 @@ from hf_flash.memory import return_large_blocks
 from hf_flash.order import orders_of
 from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
 from hf_flash.packing import MAX_ESCAPES, can_pack, choose_base, count_exponents, pack
-from hf_flash.recording import Recording
+from hf_flash.recording import STATE_NAME, WORK_NAME, Recording
 from hf_flash.store import (
     DTYPE_NAMES,
     DTYPES,
@@ -264,8 +264,8 @@ def repack(
         revision, token, trust_remote_code: as in from_pretrained.
         pack: keep bfloat16 bundles in 12 bits a weight (the same weights, a quarter less to read); by default where the
             native kernels are built, which compute on them.
-        order: folder of a recording of the model (`hf_flash.record`); rows are then written so that neurons which fire
-            often, and neurons which fire together, are neighbours. By default rows are in the stock model's order.
+        order: folder of a recording of the model, or of a checkpoint where `calibrate(..., keep_recording=True)` left
+            one; neurons that are read together become neighbours. By default rows are in the stock model's order.
         progress: show a bar.
 
     Returns:
@@ -311,12 +311,14 @@ def repack(
 
 
 def _read_orders(source: Source, recording: str | os.PathLike[str], progress: bool) -> dict[str, torch.Tensor]:
-    """An order for every block, from a recording of this model.
+    """An order for every block, from a recording of this model, or from a folder where `calibrate` kept one.
 
     Raises:
         CheckpointError: it is of another model.
     """
-    found = Recording.open(recording)
+    folder = Path(recording)
+    kept = sorted(folder.glob(f"{WORK_NAME}/*/recording"))
+    found = Recording.open(kept[0] if kept and not (folder / STATE_NAME).is_file() else folder)
     have = {layer: found.shape(layer) for layer in found.layers}
     want = {block.path: (block.d_model, block.d_ffn) for block in source.blocks}
     if have != want:

@@ -38,7 +38,7 @@ def plan_view(preview: Preview, plan: Plan) -> RenderableType:
 
 
 def _part_note(part: str, preview: Preview, plan: Plan) -> str:
-    sketched = [preview.geometry[path] for path, gate in plan.gates.items() if gate == "certified"]
+    sketched = [preview.geometry[path] for path, gate in plan.gates.items() if gate in ("certified", "threshold")]
     stored = min((g.sketch_bits for g in sketched), default=0)
     bits = f"{plan.gate_bits}-bit" if plan.gate_bits == stored else f"{plan.gate_bits} of {stored} bits of the"
     matrices = [path for m in preview.demand.matrices if (path := m.path) not in plan.streamed]
@@ -80,6 +80,8 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
         words += ["the input embedding (a row per token)"] if len(others) < len(plan.streamed) else []
         lines.append(f"streamed from flash as well: {' and '.join(words)}")
     reads = [format_size(plan.bytes_per_token)] if plan.bytes_per_token or set(gates) == {"all"} else []
+    if "threshold" in gates:
+        lines.append("LOSSY: activations below a threshold are dropped; `hf-flash eval` measures what that costs")
     reads += ["the neurons that may fire and are not cached"] if set(gates) != {"all"} else []
     if not plan.streamed and _cached_share(preview, plan) >= 1:
         reads = ["nothing, once the cache is warm: everything fits into this cap"]

@@ -1,4 +1,4 @@
-"""Gates `certified` and `predicted`: the few neurons that a gate names, from the cache, the missing ones from flash."""
+"""All gates but `all`: the few neurons that a gate names, from the cache, the missing ones from flash."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hf_flash import native, ops, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.engine import Engine, Piece, WorkBuffers
-from hf_flash.gates import CertifiedGate, Gate
+from hf_flash.gates import CertifiedGate, Gate, ThresholdGate
 from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
@@ -48,7 +48,7 @@ class SparseEngine(Engine):
         self._ahead_neurons = np.empty(0, np.int64)
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [T, d_model]
+        flat, act = x.reshape(-1, x.shape[-1]), self.activation(act)  # [T, d_model]
         if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
             found = self._native(self._step.run, flat, act, biases)
             if found is not None:
@@ -70,8 +70,12 @@ class SparseEngine(Engine):
             y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
-        self._count_ahead(neurons)
+        if len(self._ahead_neurons):
+            self._count_ahead(neurons)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def activation(self, act: ops.Activation) -> ops.Activation:
+        return self.gate.thresholded if isinstance(self.gate, ThresholdGate) else act
 
     def _native(self, call: Callable[..., Any], *args: Any) -> Any:
         """A call of the native step, which nobody disturbs; if it is stopped, the slots are not trusted again."""

@@ -27,6 +27,7 @@ QUESTIONS = (
     "kernels",
     "scaling",
     "predicted",
+    "threshold",
     "eviction",
     "order",
 )

@@ -23,7 +23,7 @@ from hf_flash.cli import app
 from hf_flash.errors import HubError
 
 CAP = "48MiB"
-COMMANDS = {"repack", "plan", "run", "demo", "inspect", "verify", "push", "serve", "doctor"}
+COMMANDS = {"repack", "plan", "run", "demo", "inspect", "verify", "push", "serve", "doctor", "eval"}
 
 
 @pytest.fixture(autouse=True)

@@ -13,19 +13,20 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops  trace  families  native  packing  ordered
+words            errors  stats  memory  plan  ops  trace  families  native  packing  ordered  texts  scoring
 what there is    layout  config  window  budget  check
 files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  stream
 an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order
 a model          attach  repack  save
-what users call  preview  quantizer  patch  verify  contents  profile  calibrate
-programs         session  serve  demo  show  show_speed  options  terminal  doctor  calibration  cli  __init__  __main__
+what users call  preview  thresholds  quantizer  patch  verify  contents  profile  calibrate  measures
+sessions         session  serve  demo  show  show_speed  evaluate  show_eval
+programs         options  terminal  doctor  calibration  eval_command  cli  __init__  __main__
 """
 
 # A command imports torch and transformers only when it needs them, and with them most of our own modules.
-IMPORTS_IN_FUNCTIONS = {"cli", "doctor", "calibration"}
+IMPORTS_IN_FUNCTIONS = {"cli", "doctor", "calibration", "eval_command"}
 
 PACKAGE = Path(hf_flash.__file__).parent
 

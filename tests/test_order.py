@@ -254,3 +254,15 @@ def test_the_shipped_model_in_order(
     want = greedy(dense, prompts[:2], 40)
     for gate in ("certified", "all"):
         assert torch.equal(greedy(load(folder, gate=gate, memory=memory, context=256), prompts[:2], 40), want)
+
+
+def test_an_order_from_what_calibration_kept(tmp_path: Path) -> None:
+    model = TINY["opt"]()
+    model.save_pretrained(tmp_path / "stock")
+    record(model, [torch.arange(3, 43).view(2, 20)], tmp_path / "flash/.calibration/0123/recording", progress=False)
+    one, other = (
+        hf_flash.repack(tmp_path / "stock", tmp_path / name, order=tmp_path / order, progress=False)
+        for name, order in (("one", "flash"), ("other", "flash/.calibration/0123/recording"))
+    )
+    for path in one.glob("flash-*.safetensors"):
+        assert path.read_bytes() == (other / path.name).read_bytes()

@@ -252,3 +252,12 @@ def test_sums_in_another_order_are_close(packed: tuple[Path, PreTrainedModel]) -
         for _ in range(2):  # the second time from DRAM
             got, want = logits_of(flash, input_ids=one), logits_of(dense, input_ids=one)
             torch.testing.assert_close(got, want, atol=3e-2, rtol=3e-2)
+
+
+def test_tie_weights_may_be_called_on_a_packed_head(packed: tuple[Path, PreTrainedModel]) -> None:
+    """lm-evaluation-harness does, right after loading: it raised, since the embedding is no parameter any more."""
+    folder, dense = packed
+    with packing_plan():
+        flash = load(folder)
+    flash.tie_weights()
+    assert torch.equal(greedy(flash, IDS, 4), greedy(dense, IDS, 4))

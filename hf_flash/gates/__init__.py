@@ -8,9 +8,10 @@ import torch
 
 from hf_flash.gates.certified import CertifiedGate, Sketch
 from hf_flash.gates.predicted import PredictedGate, Predictor
+from hf_flash.gates.threshold import Thresholded, ThresholdGate
 from hf_flash.plan import IntArray
 
-__all__ = ["CertifiedGate", "Gate", "PredictedGate", "Predictor", "Sketch"]
+__all__ = ["CertifiedGate", "Gate", "PredictedGate", "Predictor", "Sketch", "ThresholdGate", "Thresholded"]
 
 
 class Gate(Protocol):
