@@ -410,10 +410,9 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
     runtime.balances = _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
-    for module in model.modules():
-        if isinstance(module, FlashFFN):
-            module.on_pass = [balance.pass_begins for balance in runtime.balances]
-            break
+    for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
+        begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
+        begins.on_pass = [balance.pass_begins for balance in runtime.balances]
     if config.lookahead:
         assert gates is not None
         _look_ahead(model, runtime, gates)

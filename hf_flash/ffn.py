@@ -58,7 +58,7 @@ class FlashFFN(nn.Module):
         self.block = block
         self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
-        self.on_pass: Sequence[Callable[[], None]] = ()  # set there too: called when a pass of the model begins
+        self.on_pass: Sequence[Callable[[], None]] = ()  # set there, and on a decoder's first: called as a pass begins
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.order: torch.Tensor | None = None  # [d_ffn] neuron of each row on flash; biases are the stock model's
         self._ordered: dict[bool, tuple[object, torch.Tensor]] = {}  # up's bias or the gate's, and what it was made of
@@ -128,6 +128,8 @@ class FlashFFN(nn.Module):
             )
         if self.stats is not None:
             self._count(x.numel() // x.shape[-1])
+        for call in self.on_pass:
+            call()
         x = self.cast(x)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             y = self.engine.forward(x, self.own_activation, self.biases())
@@ -144,8 +146,6 @@ class FlashFFN(nn.Module):
         """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""
         assert self.stats is not None
         self.stats.add(n_tokens=n_tokens, n_forwards=1)
-        for call in self.on_pass:
-            call()
         if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
             trim_malloc()
         self.trim = n_tokens > MAX_TOKENS
