@@ -1,7 +1,8 @@
 """Draw the figures of the documentation from the files in benchmarks/results (needs matplotlib: `hf_flash[bench]`).
 
 - `docs/img/generate_MODEL.png`: seconds per token by side and cap, out of generate*.json; the floor as a line;
-- `docs/img/scaling-SERIES.png`: token time by cap, size or sparsity, out of scaling*.json.
+- `docs/img/scaling-SERIES.png`: token time by cap, size or sparsity, out of scaling*.json;
+- `docs/img/eviction*.png`: bytes read per token by cache size and policy, out of eviction*.json.
 
     python benchmarks/plots.py
 """
@@ -114,6 +115,48 @@ def curve(result: dict[str, Any], series: str, file: Path) -> Path | None:
     return save(figure, file)
 
 
+EVICTION = (  # policy, what the legend calls it, colour, style
+    ("LRU", "LRU", THEIRS, "--"),
+    ("LFU", "LFU", THEIRS, "-."),
+    ("hottest half pinned, LRU", "hottest half pinned, LRU", THEIRS, ":"),
+    ("window of 5, then LFU aged (before)", "window of 5, then aged LFU", DENSE, "--"),
+    ("LFU aged, evicted ones remembered", "aged LFU that remembers", DENSE, "-"),
+    ("LRU, one pool", "LRU, one pool for all layers", "#0f766e", "--"),
+    ("hf_flash: that, a soft window, slots by layer", "hf_flash", OURS, "o-"),
+    ("optimum, each layer alone", "optimum (Belady), each layer alone", FLOOR, ":"),
+    ("optimum, one pool", "optimum (Belady), one pool", FLOOR, "-"),
+)
+
+
+def eviction(result: dict[str, Any], file: Path) -> Path:
+    """Kilobytes per token against the cache, a line a policy; the paper's window by the slots that it needs."""
+    figure, axes = new_axes(7, 4.4)
+    xs = [100 * share for share in result["shares"]]
+    for name, label, colour, style in EVICTION:
+        ys = [n * result["row_bytes"] / 1e3 for n in result["read"][name]]
+        axes.plot(xs, ys, style, color=colour, label=label, markersize=4, linewidth=1.4)
+    points = [
+        (100 * w["most"] / result["n_neurons"], w["read"] * result["row_bytes"] / 1e3, w["k"])
+        for w in result["windows"]
+    ]
+    axes.plot(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        "s",
+        color="#7c3aed",
+        label="window of k tokens",
+        markersize=4,
+    )
+    for x, y, k in points:
+        axes.annotate(f"k={k}", (x, y), fontsize=7, color="#7c3aed", xytext=(3, 3), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("cache, % of all FFN weights (window of k tokens: the most that it held)", fontsize=8)
+    axes.set_ylabel("KB read per token", fontsize=8)
+    axes.legend(fontsize=7, frameon=False)
+    caption(axes, f"{result['model']}: what a token reads, by who stays in DRAM (traces, simulated)", result)
+    return save(figure, file)
+
+
 def draw(results: Path, out: Path) -> list[Path]:
     """Every figure that the results allow."""
     made: list[Path | None] = []
@@ -125,6 +168,8 @@ def draw(results: Path, out: Path) -> list[Path]:
                 made.append(bars(result, m, out / f"{name}.png"))
         if result["benchmark"] == "scaling":
             made += [curve(result, series, out / f"{file.stem}-{series}.png") for series in result["series"]]
+        if result["benchmark"] == "eviction":
+            made.append(eviction(result, out / f"{file.stem}.png"))
     return [file for file in made if file]
 
 

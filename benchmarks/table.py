@@ -199,9 +199,37 @@ def scaling(result: dict[str, Any]) -> str:
     return f"{head}. Floor: what the run read and touched, at the speeds of disk and DRAM.\n\n{markdown(rows)}"
 
 
+def eviction(result: dict[str, Any]) -> str:
+    """One row per policy, then the paper's window."""
+    shares, row_bytes, n = result["shares"], result["row_bytes"], result["n_neurons"]
+    rows = [["KB read per token, cache of", *(f"{share:.0%} of the FFN" for share in shares)]]
+    rows += [[name, *(f"{r * row_bytes / 1e3:.1f}" for r in read)] for name, read in result["read"].items()]
+    windows = [["window of k tokens", "KB read per token", "of the FFN in DRAM, at most", "on average"]]
+    for w in result["windows"]:
+        windows.append(
+            [str(w["k"]), f"{w['read'] * row_bytes / 1e3:.1f}", f"{w['most'] / n:.0%}", f"{w['mean'] / n:.0%}"]
+        )
+    fire = ", ".join(f"{share:.1%}" for share in result["fire_by_layer"])
+    head = (
+        f"{result['model']}: {n} neurons of {row_bytes} bytes, {result['n_tokens']} tokens, "
+        f"{result['fire'] * row_bytes / 1e3:.1f} KB fire per token; by layer {fire}. Simulated on traces."
+    )
+    return f"{head}\n\n{markdown(rows)}\n\n{markdown(windows)}"
+
+
+def order(result: dict[str, Any]) -> str:
+    """One row per cache size and order."""
+    rows = [["cache", "order on flash", "reads per token", "KB read per token", "KB of them missed"]]
+    for r in result["rows"]:
+        rows.append([f"{r['share']:.0%}", r["order"], *(f"{r[key]:.1f}" for key in ("extents", "kb", "wanted_kb"))])
+    head = f"{result['model']}: rows of {result['row_bytes']} bytes, gaps up to {result['max_gap_rows']} rows read over"
+    return f"{head}. Simulated on traces.\n\n{markdown(rows)}"
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
     "tokens": tokens, "reads": reads, "kernels": kernels, "scaling": scaling,
+    "eviction": eviction, "order": order,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_flash import early, lookahead
+from hf_flash.balance import Balance
 from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
-from hf_flash.engine import WorkBuffers
+from hf_flash.engine import Engine, WorkBuffers
 from hf_flash.errors import CheckpointError, FlashConfigError
 from hf_flash.families import FFNBlock, get_activation, install, zero_below
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import SOURCE_KEY, read_header
-from hf_flash.gate_file import GateFile
+from hf_flash.format import ORDER_KEY, SOURCE_KEY, read_header
+from hf_flash.gate_file import GATES_KEY, PREDICTORS_KEY, GateFile
 from hf_flash.gates import CertifiedGate, Gate, PredictedGate, ThresholdGate
 from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, sketch_bytes
 from hf_flash.gates.predicted import predictor_bytes, scratch_bytes
@@ -35,12 +36,12 @@ from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.memory import return_large_blocks, shares, trim_malloc
+from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
-from hf_flash.store import DTYPES, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
+from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
 from hf_flash.stream import Stream
 from hf_flash.sweep import SweepEngine
 
@@ -65,6 +66,7 @@ class FlashRuntime:
     Attributes:
         config, plan, stats: as the user sees them.
         store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
+        balances: of the layers whose caches share memory.
         located: where the resident tensors lie.
         tied: path of a head that is streamed or packed -> path of the embedding that it is.
         stored_paths: module path -> its name on flash, where the checkpoint was made from another class of the model.
@@ -78,6 +80,7 @@ class FlashRuntime:
         self.files: dict[str, Path] = {}
         self.gates_file: Path | None = None
         self.store: FlashStore | None = None
+        self.balances: list[Balance] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlashRuntime:
         return self
@@ -143,10 +146,20 @@ def match_sources(files: Iterable[Path]) -> None:
         CheckpointError: names two files that do not belong together.
     """
     seen: dict[str, Path] = {}
+    orders: dict[str, Path] = {}
     for path in files:
-        origin = read_header(path).metadata.get(SOURCE_KEY)
+        metadata = read_header(path).metadata
+        origin = metadata.get(SOURCE_KEY)
         if origin is not None:
             seen.setdefault(origin.partition("-")[0], path)
+        if not {LAYERS_KEY, GATES_KEY, PREDICTORS_KEY}.isdisjoint(metadata):  # what has a row for every neuron
+            orders.setdefault(metadata.get(ORDER_KEY, ""), path)
+    if len(orders) > 1:
+        one, other = list(orders.values())[:2]
+        raise CheckpointError(
+            f"{one} and {other.name} have their neurons in different orders and do not belong together. Fetch the repo "
+            "again, or repack the checkpoint into a new folder."
+        )
     if len(seen) > 1:
         one, other = list(seen.values())[:2]
         raise CheckpointError(
@@ -376,16 +389,16 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)
     overlap = "overlap" not in config.without
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats, overlap)
-    window = 0 if "window" in config.without else config.window
-    one_call = overlap and window > 0
+    window = None if "window" in config.without else config.window
+    one_call = overlap and window is not None
     work = WorkBuffers()
     gates = GateFile(runtime.gates_file) if runtime.gates_file else None
-    memory = _cache_memory(runtime, store)
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
             name = module.block.path
             layer = store.layers[runtime.stored_paths.get(name, name)]
+            module.order = layer.order
             if plan.gates[name] == "all":
                 rows = plan.pinned_rows[name]
                 module.engine = SweepEngine(
@@ -394,13 +407,17 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             else:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime)
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), window, stats, memory[name])
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), window, stats)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
+    runtime.balances = _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
+    for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
+        begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
+        begins.on_pass = [balance.pass_begins for balance in runtime.balances]
     if config.lookahead and overlap:
         assert gates is not None
         _look_ahead(model, runtime, gates)
@@ -416,13 +433,13 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _cache_memory(runtime: FlashRuntime, store: FlashStore) -> dict[str, torch.Tensor]:
-    """Memory for the slots of every certified layer, side by side."""
-    sizes = {}
-    for path, n_slots in runtime.plan.slots.items():
-        layer = store.layers[runtime.stored_paths.get(path, path)]
-        sizes[path] = min(max(1, n_slots), layer.n_neurons) * layer.layout.row_bytes
-    return dict(zip(sizes, shares(list(sizes.values())), strict=True))
+def _share_slots(engines: Sequence[Engine | None]) -> list[Balance]:
+    """One memory of slots for all layers whose rows have one size."""
+    sizes: dict[int, list[SparseEngine]] = {}
+    for engine in engines:
+        if isinstance(engine, SparseEngine):
+            sizes.setdefault(engine.layer.layout.row_bytes, []).append(engine)
+    return [Balance(some, [engine.cache.n_slots for engine in some]) for some in sizes.values()]
 
 
 def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:

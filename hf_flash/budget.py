@@ -26,7 +26,7 @@ WANTED = (
 )  # share of neurons that a sketch of 4, 5, ... bits wants where 1 in 20 fires
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
 RUNTIME_BYTES = 24 << 20
-BOOKS_BYTES = 40  # a neuron in the cache's books and in the scratch of a step
+BOOKS_BYTES = 64  # a neuron in the cache's books and in the scratch of a step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,19 @@ class Lookup:
     ticket: Ticket | None
 
 
+class Slots:
+    """Memory for bundles of one size, which layers may share: each slot belongs to one of them.
+
+    Args:
+        n_slots: bundles that fit.
+        row_bytes: of a bundle.
+    """
+
+    def __init__(self, n_slots: int, row_bytes: int) -> None:
+        self.rows = aligned_empty(n_slots * row_bytes).view(n_slots, row_bytes)
+        self.neuron_of = np.full(n_slots, -1, dtype=np.int64)  # in the layer that has the slot
+
+
 class NeuronCache:
     """Slots for the bundles of one layer.
 
@@ -44,42 +57,50 @@ class NeuronCache:
         store: where missing bundles come from.
         layer: whose bundles.
         n_slots: bundles that fit; with n_slots >= n_neurons everything read once stays.
-        window: k, tokens whose neurons stay before any other; 0 keeps no neuron from one pass to the next.
+        window: k, tokens whose neurons stay before any other; None keeps no neuron from one pass to the next.
         stats: where hits and reads are counted.
-        memory: [n_slots * row_bytes] uint8, page-aligned, to begin with; memory of its own without.
+        slots, first: memory shared with other layers, of which `n_slots` from the first on are this one's; without,
+            memory of its own.
+
+    Attributes:
+        n_slots: slots that are this layer's now. n_used: of those, how many hold a neuron.
+        largest: the most neurons that a pass of few tokens wanted lately.
     """
 
     def __init__(
-        self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats,
-        memory: torch.Tensor | None = None,
+        self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int | None, stats: FlashStats,
+        slots: Slots | None = None, first: int = 0,
     ) -> None:  # fmt: skip
-        self.n_slots = min(n_slots, layer.n_neurons)
         self._store, self.layer, self._stats = store, layer, stats
         self._window, self.n_used = window, 0
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
-        self._begin(memory)
+        self.begin(n_slots, slots, first)
 
     def reset(self) -> None:
-        """Forget every neuron and take fresh memory.
+        """Forget every neuron and take fresh memory, shared with no other layer.
 
         For a pass that was stopped in the middle (Ctrl-C, a failed read): reads of it that nobody can wait for any
         more land in the old memory, which lives until they have, and no slot that was not filled is ever found.
         """
-        self._begin(None)
+        self.begin(self.n_slots)
 
-    def _begin(self, memory: torch.Tensor | None) -> None:
+    def begin(self, n_slots: int, slots: Slots | None = None, first: int = 0) -> None:
+        """Forget every neuron and what it was worth, and go on with these slots; arguments as above."""
+        row_bytes = self.layer.layout.row_bytes
+        self.n_slots, self.largest = min(n_slots, self.layer.n_neurons), 0
         self._slot_of = np.full(self.layer.n_neurons, -1, dtype=np.int64)
-        self._neuron_of = np.full(self.n_slots, -1, dtype=np.int64)
-        memory = aligned_empty(self.n_slots * self.layer.layout.row_bytes) if memory is None else memory
-        self.rows = memory.view(self.n_slots, -1)  # [n_slots, row_bytes]
-        self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
+        self.slots = Slots(self.n_slots, row_bytes) if slots is None else slots
+        self.rows = self.slots.rows  # [n, row_bytes]
+        self._owned = np.full(self.layer.n_neurons, -1, dtype=np.int64)  # this layer's slots; used ones come first
+        self._owned[: self.n_slots] = np.arange(first, first + self.n_slots)
+        self._stats.add(cache_bytes=-self.n_used * row_bytes)
         self.n_used = 0
-        self.window = Window(self.n_slots, self._window)
+        self.window = Window(self.layer.n_neurons, self._window or 0)
 
-    def books(self) -> tuple[IntArray, IntArray]:
-        """[n_neurons] slot of each neuron and [n_slots] neuron in each slot, -1 for none: for the native step."""
-        return self._slot_of, self._neuron_of
+    def books(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Slot of each neuron [n_neurons] and neuron in each slot, -1 for none; slots owned: for the native step."""
+        return self._slot_of, self.slots.neuron_of, self._owned
 
     def took(self, n_used: int, clock: int) -> None:
         """The native step has kept the books: so many slots are in use now, and so late it is."""
@@ -87,11 +108,11 @@ class NeuronCache:
             self._stats.add(cache_bytes=(n_used - self.n_used) * self.layer.layout.row_bytes)
         self.n_used, self.window.clock = n_used, clock
 
-    def begin(self, n_tokens: int) -> None:
+    def pass_begins(self, n_tokens: int) -> None:
         """A pass of `n_tokens` tokens begins."""
         self.window.tick(n_tokens)
-        if self._window == 0:
-            self._drop(np.arange(self.n_used))
+        if self._window is None:
+            self._drop(self._owned[: self.n_used])
             self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
             self.n_used = 0
 
@@ -114,18 +135,18 @@ class NeuronCache:
         Returns:
             Their slots and the ticket of the reads.
         """
+        self.window.use(neurons)
         slots = self._slot_of[neurons].copy()
         missing = np.flatnonzero(slots < 0)
         ticket = None
         if len(missing):
-            free = self._take_slots(len(missing), slots[slots >= 0])
+            free = self._take_slots(len(missing), neurons)
             slots[missing] = free
             wanted = neurons[missing]
             self._slot_of[wanted] = free
-            self._neuron_of[free] = wanted
+            self.slots.neuron_of[free] = wanted
             ticket, n_bytes, n_reads = self._store.submit_rows(self.layer, wanted, self.rows, free, self.max_gap_rows)
             self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
-        self.window.use(slots)
         n_hit = len(neurons) - len(missing)
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=n_hit, neurons_read=len(missing))
         return Lookup(neurons, slots, ticket)
@@ -141,23 +162,18 @@ class NeuronCache:
         Returns:
             Those that are being read, as far as there is room, and the ticket.
         """
-        window, slots = self.window, self._slot_of[neurons]
-        missing = neurons[slots < 0]
+        missing = neurons[self._slot_of[neurons] < 0]
         self.window.clock += n_tokens  # as of the pass to come
         try:
-            room = self.n_slots - self.n_used
-            if len(missing) > room:
-                idle = window.idle()
-                idle[slots[slots >= 0]] = False
-                missing = missing[: room + int(idle[: self.n_used].sum())]
+            spared = np.union1d(neurons, self.window.recent())
+            missing = missing[: self.n_slots - int((self._slot_of[spared] >= 0).sum())]
             if not len(missing):
                 return missing, None
-            taken = self._take_slots(len(missing), slots[slots >= 0])
+            taken = self._take_slots(len(missing), spared)
             self._slot_of[missing] = taken
-            self._neuron_of[taken] = missing
+            self.slots.neuron_of[taken] = missing
             ticket, n_bytes, n_reads = self._store.submit_rows(self.layer, missing, self.rows, taken, self.max_gap_rows)
             self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
-            window.use(taken, worth=-3)
         finally:
             self.window.clock -= n_tokens
         return missing, ticket
@@ -169,35 +185,55 @@ class NeuronCache:
             neurons: [n] sorted, unique.
             rows: [n, row_bytes] their bundles.
         """
-        present = self._slot_of[neurons]
-        present = present[present >= 0]
-        absent = np.flatnonzero(self._slot_of[neurons] < 0)[: self.n_slots - len(present)]
+        missing = np.flatnonzero(self._slot_of[neurons] < 0)
+        absent = missing[: self.n_slots - (len(neurons) - len(missing))]
         if not len(absent):
             return
-        slots = self._take_slots(len(absent), present)
+        slots = self._take_slots(len(absent), neurons)
         self.rows[torch.from_numpy(slots)] = rows[torch.from_numpy(absent)]
         self._slot_of[neurons[absent]] = slots
-        self._neuron_of[slots] = neurons[absent]
-        self.window.use(slots)
+        self.slots.neuron_of[slots] = neurons[absent]
 
-    def _take_slots(self, n: int, busy_slots: IntArray) -> IntArray:
-        fresh = np.arange(self.n_used, min(self.n_used + n, self.n_slots), dtype=np.int64)
+    def give(self, n: int) -> IntArray:
+        """Give up n slots for good: those that hold nothing, then those of the neurons that are worth least.
+
+        Hold `lock`, and let no read be under way.
+
+        Returns:
+            [n] which.
+        """
+        used, empty = self._owned[: self.n_used], self._owned[self.n_used : self.n_slots]
+        victims = self.window.least(max(0, n - len(empty)), self.slots.neuron_of[used])
+        given = np.concatenate([used[victims], empty])  # the first n go
+        self._owned[: self.n_slots - n] = np.concatenate([np.delete(used, victims), given[n:]])
+        self._drop(given[: len(victims)])
+        self.n_slots -= n
+        self.took(self.n_used - len(victims), self.window.clock)
+        return given[:n]
+
+    def receive(self, slots: IntArray) -> None:
+        """These slots are this layer's from now on. Hold `lock`."""
+        self._owned[self.n_slots : self.n_slots + len(slots)] = slots
+        self.n_slots += len(slots)
+
+    def _take_slots(self, n: int, wanted: IntArray) -> IntArray:
+        """Slots for n neurons more: unused ones, then those of the neurons that are worth least and not wanted."""
+        used = self._owned[: self.n_used]
+        fresh = self._owned[self.n_used : min(self.n_used + n, self.n_slots)].copy()
         self.n_used += len(fresh)
         self._stats.add(cache_bytes=len(fresh) * self.layer.layout.row_bytes)
         if len(fresh) == n:
             return fresh
-        busy = np.zeros(self.n_slots, dtype=bool)
-        busy[busy_slots] = True
-        busy[fresh] = True
-        victims = self.window.victims(n - len(fresh), busy)
+        busy = np.zeros(self.layer.n_neurons, dtype=bool)
+        busy[wanted] = True
+        idle = used[~busy[self.slots.neuron_of[used]]]
+        victims = idle[self.window.least(n - len(fresh), self.slots.neuron_of[idle])]
         self._drop(victims)
         return np.concatenate([fresh, victims])
 
     def _drop(self, slots: IntArray) -> None:
-        neurons = self._neuron_of[slots]
-        self._slot_of[neurons[neurons >= 0]] = -1
-        self._neuron_of[slots] = -1
-        self.window.forget(slots)
+        self._slot_of[self.slots.neuron_of[slots]] = -1
+        self.slots.neuron_of[slots] = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NeuronCache:
         return self

@@ -40,12 +40,11 @@ from hf_flash.gates import Predictor
 from hf_flash.layout import format_size
 from hf_flash.output import copy_side_files, only_writer
 from hf_flash.preview import Preview, look
-from hf_flash.recording import Recording, record
+from hf_flash.recording import WORK_NAME, Recording, record
 from hf_flash.repack import repack
 from hf_flash.save import link, runtime_of
 from hf_flash.store import GATES_NAME, flash_file_names
 
-WORK_NAME = ".calibration"
 _BATCH_TOKENS, _LENGTH = 2048, 512
 
 
@@ -97,6 +96,7 @@ def calibrate(
     epochs: int = 4,
     seed: int = 0,
     trust_remote_code: bool = False,
+    keep_recording: bool = False,
     progress: bool = True,
 ) -> Calibration:
     """Train predictors for a model on a text.
@@ -113,6 +113,7 @@ def calibrate(
         max_tokens: of the text, taken from all over it.
         epochs, seed: of the training.
         trust_remote_code: as in from_pretrained.
+        keep_recording: leave what was recorded in the folder's `.calibration`, for `repack(..., order=folder)`.
         progress: show bars.
 
     Returns:
@@ -140,7 +141,8 @@ def calibrate(
             findings = _predictors(recording, work, target, ahead, progress)
         findings.report = {"text": Path(text).name, "n_tokens": ids.numel(), **findings.report}
         _publish(folder, findings)
-        shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+        if not keep_recording:
+            shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
     return Calibration(folder, findings.report)
 
 

@@ -98,6 +98,10 @@ def repack(
             help="bfloat16 rows in 12 bits a weight, lossless (default: where the native kernels are built).",
         ),
     ] = None,
+    order: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", show_default=False, help="Of a recording: what is read together lies together."),
+    ] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -114,7 +118,7 @@ def repack(
     start = time.monotonic()
     folder = repack_folder(
         model, output, gate_bits=gate_bits, max_shard_size=max_shard_size, revision=revision,
-        trust_remote_code=trust_remote_code, pack=pack,
+        trust_remote_code=trust_remote_code, pack=pack, order=order,
     )  # fmt: skip
     found = contents.contents(folder)
     _report({**found.to_dict(), "seconds": time.monotonic() - start}, show.contents_view(found), as_json)

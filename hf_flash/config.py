@@ -53,7 +53,8 @@ class FlashConfig(QuantizationConfigMixin):
         exact (`bool`, defaults to `True`): gate `all` computes in the stock model's own order of operations, to the
             bit. `False` sums packed rows as they lie, in float32: as precise and up to twice as fast, but near ties
             between tokens may fall the other way.
-        window (`int`, defaults to 5): tokens whose neurons stay in the cache before any other.
+        window (`int`, defaults to 0): tokens whose neurons stay in the cache before any other, as in the paper. 0 goes
+            by how often and how lately a neuron was used, which reads less.
         sparsity (`float`, *optional*): share of the activations that gate `threshold` drops, 0.01 to 0.99 (default:
             0.5).
         n_threads (`int`, defaults to 8): reads in flight.
@@ -79,7 +80,7 @@ class FlashConfig(QuantizationConfigMixin):
         context: int | None = None,
         batch_size: int = 1,
         exact: bool = True,
-        window: int = 5,
+        window: int = 0,
         n_threads: int = 8,
         cache_dir: str | os.PathLike[str] | None = None,
         lookahead: bool = False,
@@ -106,9 +107,9 @@ class FlashConfig(QuantizationConfigMixin):
             raise FlashConfigError(f"gate_bits={self.gate_bits!r}: the sketch takes 4 to 8 bits per weight.")
         if not isinstance(self.delta, int | float) or not 0 <= self.delta < 1:
             raise FlashConfigError(f"delta={self.delta!r} is a probability: 0 <= delta < 1, such as 1e-9.")
-        for name in ("batch_size", "n_threads", "window"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, 1 or more.")
+        for name, least in (("batch_size", 1), ("n_threads", 1), ("window", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise FlashConfigError(f"{name}={getattr(self, name)!r} must be a whole number, {least} or more.")
         for name in ("exact", "lookahead"):
             if not isinstance(getattr(self, name), bool):
                 raise FlashConfigError(f"{name}={getattr(self, name)!r} must be True or False.")

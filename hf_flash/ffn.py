@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,10 @@ class FlashFFN(nn.Module):
         self.block = block
         self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
+        self.on_pass: Sequence[Callable[[], None]] = ()  # set there, and on a decoder's first: called as a pass begins
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
+        self.order: torch.Tensor | None = None  # [d_ffn] neuron of each row on flash; biases are the stock model's
+        self._ordered: dict[bool, tuple[object, torch.Tensor]] = {}  # up's bias or the gate's, and what it was made of
         self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
@@ -88,7 +91,7 @@ class FlashFFN(nn.Module):
         return act  # type: ignore[no-any-return]
 
     def biases(self) -> ops.Biases:
-        """The stock biases, sliced for this block's parts."""
+        """The stock biases, sliced for this block's parts, in the order of the rows on flash."""
 
         def get(part: Part | None, is_down: bool = False) -> torch.Tensor | None:
             if part is None or part.bias is None:
@@ -98,7 +101,22 @@ class FlashFFN(nn.Module):
                 return owner.bias  # type: ignore[no-any-return]
             return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
 
-        return ops.Biases(get(self.block.gate), get(self.block.up), get(self.block.down, True))
+        gate, up = (self._in_order(get(part), part is self.block.up) for part in (self.block.gate, self.block.up))
+        return ops.Biases(gate, up, get(self.block.down, True))
+
+    def _in_order(self, bias: torch.Tensor | None, is_up: bool) -> torch.Tensor | None:
+        """A bias in the order of the rows; made anew when it changed, or when a gradient has to pass."""
+        if bias is None or self.order is None:
+            return bias
+        if torch.is_grad_enabled() and bias.requires_grad:
+            return bias[self.order]
+        key, ours = (bias.data_ptr(), bias._version, bias.dtype), self._ordered.get(is_up)
+        if ours is None or ours[1].dtype != bias.dtype:
+            ours = None, bias.detach()[self.order]
+        elif ours[0] != key:
+            torch.index_select(bias.detach(), 0, self.order, out=ours[1])  # in place: who looks sees another version
+        self._ordered[is_up] = key, ours[1]
+        return ours[1]
 
     @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
@@ -110,6 +128,8 @@ class FlashFFN(nn.Module):
             )
         if self.stats is not None:
             self._count(x.numel() // x.shape[-1])
+        for call in self.on_pass:
+            call()
         x = self.cast(x)
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             y = self.engine.forward(x, self.own_activation, self.biases())

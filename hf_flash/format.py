@@ -22,8 +22,11 @@ from hf_flash.errors import CheckpointError, ChecksumError, DiskFullError
 from hf_flash.layout import DATA_ALIGN, format_size, round_up
 
 FORMAT_VERSION = 2
-READABLE = ("1", "2")  # version 1 knows no packed bundles, and its sketches are not read any more
+ORDERED_VERSION = 3  # of files whose rows are not in the stock model's order: who does not know that must not read them
+READABLE = ("1", "2", "3")  # version 1 knows no packed bundles, and its sketches are not read any more
 PAD_PREFIX = "hf_flash.pad."
+VERSION_KEY = "hf_flash.format_version"
+ORDER_KEY = "hf_flash.order"  # header metadata: hash of the order of all layers' rows; absent: as in the stock model
 SOURCE_KEY = "hf_flash.source"  # header metadata: identity of the checkpoint that a file was made from
 RUN_BYTES = 1 << 20  # a checksum covers about this much
 _BLANK_CRC = "0" * 8
@@ -102,10 +105,10 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, TensorEntry], dict[str, st
     try:
         header: dict[str, Any] = json.loads(raw)
         metadata: dict[str, str] = header.pop("__metadata__", {})
-        version = metadata.get("hf_flash.format_version", str(FORMAT_VERSION))
+        version = metadata.get(VERSION_KEY, str(FORMAT_VERSION))
         if version not in READABLE:  # before anything else is made of it
             raise CheckpointError(
-                f"{path} has flash checkpoint format {version}, this hf_flash reads format {' and '.join(READABLE)}. "
+                f"{path} has flash checkpoint format {version}, this hf_flash reads formats {', '.join(READABLE)}. "
                 "`pip install -U hf_flash`, or repack the source checkpoint."
             )
         entries = {}
@@ -179,7 +182,7 @@ class TensorFileWriter:
         self.path, self._partial = path, path.with_name(path.name + ".partial")
         self._journal = path.with_name(path.name + ".partial.journal")
         self._specs, self._offsets = _place(tensors, aligned)
-        self._metadata = {"format": "pt", "hf_flash.format_version": str(FORMAT_VERSION), **metadata}
+        self._metadata = {"format": "pt", VERSION_KEY: str(FORMAT_VERSION), **metadata}
         self._crcs = {spec.name: [0] * -(-spec.n_bytes // spec.run_bytes) for spec in self._specs}
         self._header_bytes = len(self._header())
         self.n_bytes = self._header_bytes + sum(spec.n_bytes for spec in self._specs)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hf_flash.format import SOURCE_KEY, TensorFile, TensorFileWriter, TensorSpec, read_header
+from hf_flash.format import ORDER_KEY, SOURCE_KEY, VERSION_KEY, TensorFile, TensorFileWriter, TensorSpec, read_header
 from hf_flash.gates import Predictor, Sketch
 from hf_flash.gates.certified import SKETCH_KIND
 from hf_flash.gates.predicted import TENSORS
@@ -104,7 +104,8 @@ def rewrite(
     gone = lambda name: name in new or any(part in name for part in instead_of)  # noqa: E731
     kept = [entry for name, entry in old.entries.items() if not gone(name)] if old else []
     stored = (old or read_header(like)).metadata
-    words = {k: v for k, v in stored.items() if k == SOURCE_KEY or (old and not k.endswith("crc32"))}
+    origin = (SOURCE_KEY, ORDER_KEY, VERSION_KEY)
+    words = {k: v for k, v in stored.items() if k in origin or (old and not k.endswith("crc32"))}
     words |= {key: json.dumps(value) for key, value in metadata.items()}
     specs = [TensorSpec(entry.name, entry.dtype, entry.shape, entry.n_bytes) for entry in kept]
     specs += [TensorSpec(name, _NAMES[t.dtype], tuple(t.shape), t.nbytes) for name, t in tensors.items()]

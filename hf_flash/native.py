@@ -61,6 +61,8 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
         step.argtypes = [_P, _P, _I, _N, _P]
     lib.hf_flash_step_early.restype = _N
     lib.hf_flash_step_early.argtypes = [_P, _P, _I, _N]
+    lib.hf_flash_step_land.restype = _N
+    lib.hf_flash_step_land.argtypes = [_P]
     lib.hf_flash_pack.restype = _I
     lib.hf_flash_pack.argtypes = [_P, _I, _I, _I, _N, _P, _I, _P, _P]
     lib.hf_flash_exponents.restype = None

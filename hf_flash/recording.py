@@ -34,6 +34,7 @@ from hf_flash.sparse import SparseEngine
 from hf_flash.tap import tap, watched_blocks
 
 STATE_NAME = "recording.json"
+WORK_NAME = ".calibration"  # folder in a checkpoint where calibration works
 _VERSION = 1
 
 

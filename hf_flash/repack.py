@@ -32,8 +32,11 @@ from hf_flash.errors import CheckpointError, UnknownArchitectureError
 from hf_flash.families import FFNBlock, Part, find_blocks, get_activation, zero_below
 from hf_flash.format import (
     FORMAT_VERSION,
+    ORDER_KEY,
+    ORDERED_VERSION,
     RUN_BYTES,
     SOURCE_KEY,
+    VERSION_KEY,
     TensorEntry,
     TensorFileWriter,
     TensorSpec,
@@ -45,9 +48,20 @@ from hf_flash.gate_file import GATES_KEY, GateFile
 from hf_flash.gates.certified import SKETCH_KIND, Sketch, sketch_tensors
 from hf_flash.layout import BundleLayout, parse_size
 from hf_flash.memory import return_large_blocks
+from hf_flash.order import orders_of
 from hf_flash.output import check_contents, check_folders, check_room, copy_side_files, only_writer, remove_others
 from hf_flash.packing import MAX_ESCAPES, can_pack, choose_base, count_exponents, pack
-from hf_flash.store import DTYPE_NAMES, DTYPES, GATES_NAME, LAYERS_KEY, escapes_name, flash_file_names, write_index
+from hf_flash.recording import STATE_NAME, WORK_NAME, Recording
+from hf_flash.store import (
+    DTYPE_NAMES,
+    DTYPES,
+    GATES_NAME,
+    LAYERS_KEY,
+    escapes_name,
+    flash_file_names,
+    order_name,
+    write_index,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +78,7 @@ class Source:
     located: Located
     files: list[Path]
     pack: bool = True  # rows into 12 bits a weight, where that can be
+    orders: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # path -> [n] neuron of each row
     surveys: dict[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -236,6 +251,7 @@ def repack(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     pack: bool | None = None,
+    order: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Path:
     """Repack a stock checkpoint into a flash checkpoint folder.
@@ -248,6 +264,8 @@ def repack(
         revision, token, trust_remote_code: as in from_pretrained.
         pack: keep bfloat16 bundles in 12 bits a weight (the same weights, a quarter less to read); by default where the
             native kernels are built, which compute on them.
+        order: folder of a recording of the model, or of a checkpoint where `calibrate(..., keep_recording=True)` left
+            one; neurons that are read together become neighbours. By default rows are in the stock model's order.
         progress: show a bar.
 
     Returns:
@@ -267,6 +285,8 @@ def repack(
         raise CheckpointError(f"{model} is {word}. Repack the original weights instead.")
     config = read_config(folder, trust_remote_code)
     source = Source.open(meta_model(config, trust_remote_code), checkpoint_files(folder), pack)
+    if order is not None:
+        source.orders.update(_read_orders(source, order, progress))
     limit = parse_size(max_shard_size)
     n_bytes = sum(e.n_bytes for e in source.located.by_key.values())
     output.mkdir(parents=True, exist_ok=True)
@@ -288,6 +308,26 @@ def repack(
         with atomic_text(output / "config.json") as text:
             text.append(json.dumps(raw_config, indent=2) + "\n")
     return output
+
+
+def _read_orders(source: Source, recording: str | os.PathLike[str], progress: bool) -> dict[str, torch.Tensor]:
+    """An order for every block, from a recording of this model, or from a folder where `calibrate` kept one.
+
+    Raises:
+        CheckpointError: it is of another model.
+    """
+    folder = Path(recording)
+    kept = sorted(folder.glob(f"{WORK_NAME}/*/recording"))
+    found = Recording.open(kept[0] if kept and not (folder / STATE_NAME).is_file() else folder)
+    have = {layer: found.shape(layer) for layer in found.layers}
+    want = {block.path: (block.d_model, block.d_ffn) for block in source.blocks}
+    if have != want:
+        path = next((path for path in want if have.get(path) != want[path]), next(iter(have)))
+        raise CheckpointError(
+            f"{recording} is a recording of another model: {path} is {have.get(path, 'not in it')} there and "
+            f"{want.get(path, 'not in the model')} here (d_model, d_ffn). Record the model that you repack."
+        )
+    return orders_of(found, progress)
 
 
 def _room(source: Source, n_bytes: int, gate_bits: int) -> int:
@@ -333,7 +373,18 @@ def write_flash(source: Source, output: Path, gate_bits: int, max_shard_bytes: i
 
 def _identity(source: Source, gate_bits: int) -> str:
     """What a flash file was made from and how; the part before the first dash says from what."""
-    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}-v{FORMAT_VERSION}"
+    order = order_metadata(source).get(ORDER_KEY, "")
+    return f"{source.identity()}-{gate_bits}{'p' if source.pack else ''}-v{FORMAT_VERSION}{order and '-' + order}"
+
+
+def order_metadata(source: Source) -> dict[str, str]:
+    """What headers of flash files and sketches say of the order of their rows."""
+    if not source.orders:
+        return {}
+    digest = hashlib.sha256()
+    for path, order in sorted(source.orders.items()):
+        digest.update(path.encode() + order.numpy().tobytes())
+    return {ORDER_KEY: digest.hexdigest()[:16], VERSION_KEY: str(ORDERED_VERSION)}
 
 
 def tensor_name(block: FFNBlock) -> str:
@@ -370,6 +421,8 @@ def _write_shard(
         if survey is not None:
             geometry[tensor_name(block)]["exponent"] = survey[0]
             specs.append(TensorSpec(escapes_name(block.path), "I32", (survey[1], 2), 8 * survey[1]))
+        if block.path in source.orders:
+            specs.append(TensorSpec(order_name(block.path), "I32", (block.d_ffn,), 4 * block.d_ffn))
         run = max(1, RUN_BYTES // layout.row_bytes) * layout.row_bytes
         specs.append(
             TensorSpec(tensor_name(block), "U8", (block.d_ffn, layout.row_bytes), block.d_ffn * layout.row_bytes, run)
@@ -378,7 +431,7 @@ def _write_shard(
     if sketched and _is_complete(path, identity, geometry):
         bar.update(sum(source.n_bytes(b) for b in blocks))
         return
-    metadata = {LAYERS_KEY: json.dumps(geometry), SOURCE_KEY: identity}
+    metadata = {LAYERS_KEY: json.dumps(geometry), SOURCE_KEY: identity, **order_metadata(source)}
     with contextlib.closing(TensorFileWriter(path, specs, metadata, aligned=True, identity=identity)) as writer:
         for block in blocks:
             stored: dict[str, torch.Tensor] = {}
@@ -408,15 +461,22 @@ def _write_block(
     if tensor_name(block) in writer.done and not todo_sketch:
         return
 
+    order = source.orders.get(block.path)
+
     def matrix(part: Part) -> torch.Tensor:
+        """A row for every neuron, in the order in which they are written."""
         if part.key not in stored:
             stored[part.key] = source.read(part)
-        return part.weight_of(stored[part.key])
+        weight = part.weight_of(stored[part.key])
+        weight = weight.t() if part is block.down else weight
+        return weight if order is None else weight[order]
 
     gate = None if block.gate is None else matrix(block.gate)
     up = matrix(block.up)
+    if order is not None and order_name(block.path) not in writer.done:
+        writer.write(order_name(block.path), order.to(torch.int32).numpy().data)
     if tensor_name(block) not in writer.done:
-        parts = (up, matrix(block.down).t(), gate)
+        parts = (up, matrix(block.down), gate)
         rows = _pack_rows(source, block, parts, writer) if layout.packed else layout.pack(*parts)
         writer.write(tensor_name(block), rows.numpy().data)
         del rows
@@ -459,7 +519,7 @@ def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Ite
         tensors = sketch_tensors(block.d_ffn, block.d_model, bits).items()
         specs += [TensorSpec(f"{block.path}.sketch.{name}", *spec) for name, spec in tensors]
     kinds = {b.path: {"kind": SKETCH_KIND, "bits": bits, "d_model": b.d_model} for b in blocks}
-    metadata = {GATES_KEY: json.dumps(kinds), SOURCE_KEY: identity}
+    metadata = {GATES_KEY: json.dumps(kinds), SOURCE_KEY: identity, **order_metadata(source)}
     with contextlib.closing(TensorFileWriter(output / GATES_NAME, specs, metadata, identity=identity)) as writer:
         yield writer
 

@@ -63,6 +63,8 @@ class SparseEngine(Engine):
             trace.active.add(trace.GATE, t0, t1, self.layer.path, wanted=len(neurons))
         few = native.available() and flat.shape[0] <= native.MAX_TOKENS
         code = native.activation_code(act, flat.dtype) if few else None
+        if flat.shape[0] <= native.MAX_TOKENS:
+            self.cache.largest = max(self.cache.largest, len(neurons))
         if code is not None and self.cache.fits(neurons):
             y, n_fired = self._few_tokens(flat, code, biases, neurons)
         else:
@@ -86,6 +88,20 @@ class SparseEngine(Engine):
             except BaseException:  # Ctrl-C too: none is given away while it is read into
                 self._forget()
                 raise
+
+    def land(self) -> None:
+        """Wait for what was read early: then no read into the slots is under way. Hold the cache's lock.
+
+        Raises:
+            ReadError: one failed.
+        """
+        try:
+            self._land()
+            if self._step is not None:
+                self._step.land()
+        except BaseException:
+            self._forget()
+            raise
 
     @property
     def steps(self) -> bool:
@@ -207,7 +223,7 @@ class SparseEngine(Engine):
                 self._land()
                 if self._step is not None:
                     self._step.land()
-                self.cache.begin(n_tokens)
+                self.cache.pass_begins(n_tokens)
                 yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
                 self._forget()
@@ -249,7 +265,7 @@ class SparseEngine(Engine):
         slots = self.cache.cached(neurons)
         here = slots >= 0
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))
-        self.cache.window.use(slots[here])
+        self.cache.window.use(recent)
         missing = neurons[~here]
         batches = [missing[i : i + self._batch_rows] for i in range(0, len(missing), self._batch_rows)]
         ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []

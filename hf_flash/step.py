@@ -22,6 +22,7 @@ from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,8 +36,9 @@ class _Step(ctypes.Structure):
         ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("offset4", _P),
         ("arithmetic", _F * 4 * 3),
         ("log_term", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
-        *[(name, _P) for name in ("slot_of", "neuron_of", "last", "key", "rows")],
+        *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows")],
         *[(name, _I) for name in ("n_slots", "n_used", "row_bytes", "window", "clock")], ("half_life", _D),
+        ("lately", _P), ("n_lately", _I),
         ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P),
         ("batch", _P), ("early", _P),
         *[(name, _I) for name in ("gated", "packed", "dtype", "base", "act")], ("threshold", _F),
@@ -83,6 +85,7 @@ class NativeStep:
         for i, dtype in enumerate(_DTYPES):
             s.arithmetic[i][:] = gate.gamma(), *gate.per_norm(dtype), UNIT[dtype]
         s.row_bytes, s.half_life, s.window = layer.rows.row_bytes, cache.window.half_life, cache.window.n_tokens
+        s.lately, s.n_lately = LATELY.ctypes.data, len(LATELY)
         s.ring, s.fd = self._reader.ring, self._reader.fd(layer.rows.file)
         s.start, s.max_gap, s.max_rows = layer.rows.start, cache.max_gap_rows, MAX_EXTENT_ROWS
         s.sink = np.frombuffer(view_bytes(store.sink), np.uint8).ctypes.data
@@ -95,7 +98,7 @@ class NativeStep:
         self._act: tuple[Activation | None, torch.dtype | None] = (None, None)
         self._known = False
         self._biases: list[tuple[object, torch.Tensor | None]] = [(None, None)] * 3
-        self._rows: torch.Tensor | None = None
+        self._window: Window | None = None
 
     @staticmethod
     def can(store: FlashStore, layer: FlashLayer) -> bool:
@@ -132,6 +135,7 @@ class NativeStep:
         args = (self._by_reference, x.data_ptr(), x.shape[0], native.CODES[x.dtype], y.data_ptr())
         begun = time.perf_counter() if trace.active is not None else 0.0
         result = self._lib.hf_flash_step(*args)
+        self._cache.largest = max(self._cache.largest, s.n_wanted)
         if result == 3:
             return None
         self._cache.took(s.n_used, s.clock)
@@ -175,13 +179,11 @@ class NativeStep:
         Raises:
             ReadError: a read failed.
         """
-        while self._s.early:
-            result = self._lib.hf_flash_batch_wait(self._s.ring, self._s.early)
-            if result == 1:
-                raise self._failure()
-            if result == 0:
-                self._lib.hf_flash_batch_free(self._s.early)
-                self._s.early = None
+        result = 2
+        while result == 2:
+            result = self._lib.hf_flash_step_land(self._by_reference)
+        if result == 1:
+            raise self._failure()
 
     def settle(self) -> None:
         """Wait until nothing is written into the slots any more; errors are not raised."""
@@ -196,13 +198,12 @@ class NativeStep:
     def _point(self, dtype: torch.dtype, biases: Biases) -> None:
         """Pointers to what may have changed since the last call: the cache's memory, biases."""
         s, cache = self._s, self._cache
-        if self._rows is not cache.rows:
-            self._rows = cache.rows
-            slot_of, neuron_of = cache.books()
-            last, key = cache.window.books()
-            s.slot_of, s.neuron_of, s.last, s.key = (a.ctypes.data for a in (slot_of, neuron_of, last, key))
-            s.rows, s.n_slots = cache.rows.data_ptr(), cache.n_slots
-        s.n_used, s.clock = cache.n_used, cache.window.clock
+        if self._window is not cache.window:  # the cache began anew
+            self._window = cache.window
+            books = *cache.books(), *cache.window.books()
+            s.slot_of, s.neuron_of, s.owned, s.last, s.key = (a.ctypes.data for a in books)
+            s.rows = cache.rows.data_ptr()
+        s.n_slots, s.n_used, s.clock = cache.n_slots, cache.n_used, cache.window.clock
         for i, bias in enumerate(biases):
             key_now = None if bias is None else (bias.data_ptr(), bias._version, dtype)
             if self._biases[i][0] != key_now:

@@ -56,6 +56,7 @@ class FlashLayer:
     layout: BundleLayout
     file_name: str
     packing: Packing | None = None
+    order: torch.Tensor | None = None  # [n_neurons] int64, the stock model's neuron that each row is; None: the same
 
     @property
     def n_neurons(self) -> int:
@@ -122,7 +123,8 @@ class FlashStore:
         layout = layout_of(geometry)
         rows = Extent2D(entry.name, self.reader.open(entry.path), entry.start, *entry.shape)
         packing = _packing(header, geometry, layout) if layout.packed else None
-        return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name, packing)
+        order = _order(header, geometry)
+        return FlashLayer(geometry["index"], geometry["module"], rows, layout, file_name, packing, order)
 
     def submit_rows(
         self, layer: FlashLayer, rows: IntArray, targets: torch.Tensor, slots: IntArray, max_gap_rows: int = 0
@@ -248,6 +250,30 @@ def layout_of(layer: Mapping[str, Any]) -> BundleLayout:
 def escapes_name(module: str) -> str:
     """Tensor of the weights of a packed layer that have no code: I32 [m, 2], neuron and position << 16 | bits."""
     return f"{module}.escapes"
+
+
+def order_name(module: str) -> str:
+    """Tensor that says which of the stock model's neurons each row of a layer is: I32 [n_neurons]."""
+    return f"{module}.order"
+
+
+def _order(header: TensorFile, geometry: Mapping[str, Any]) -> torch.Tensor | None:
+    """A layer's order, read into DRAM; None where it is the stock model's.
+
+    Raises:
+        ChecksumError: it differs from its checksum. CheckpointError: it does not name every neuron once.
+    """
+    entry = header.entries.get(order_name(geometry["module"]))
+    if entry is None:
+        return None
+    n = geometry["n_neurons"]
+    order = read_checked(header, entry)
+    if entry.dtype != "I32" or entry.shape != (n,) or len(order) != 4 * n:
+        raise CheckpointError(f"{header.path}: {entry.name} is {entry.dtype} {list(entry.shape)}, expected I32 [{n}].")
+    order = order.view(torch.int32).to(torch.int64)
+    if not torch.equal(order.sort().values, torch.arange(n)):
+        raise CheckpointError(f"{header.path}: {entry.name} does not name every neuron once. Repack the checkpoint.")
+    return order
 
 
 def _packing(header: TensorFile, geometry: Mapping[str, Any], layout: BundleLayout) -> Packing:

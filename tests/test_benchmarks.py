@@ -28,6 +28,8 @@ QUESTIONS = (
     "scaling",
     "predicted",
     "threshold",
+    "eviction",
+    "order",
 )
 
 
@@ -118,10 +120,15 @@ def test_figures_are_drawn_from_the_results(helpers: tuple[ModuleType, ModuleTyp
     sides = {"hf_flash": row, "airllm": {"words": "not run: why"}, "llama.cpp": row}
     cap = {"memory": 5 * 10**8, "accelerate_resident": None, "sides": sides, "our_floor": floor}
     model = {"model": "tiny-opt", "weights": "RANDOM weights", "model_bytes": 10**9, "caps": [cap]}
+    names = [name for name, *_ in plots.EVICTION]
+    window = {"k": 2, "read": 3.0, "most": 50.0, "mean": 40.0}
+    policies = {"read": {name: [9.0, 2.0] for name in names}, "shares": [0.2, 0.5], "row_bytes": 512, "n_neurons": 100}
+    evicted = {"benchmark": "eviction", "model": "tiny", "windows": [window], **policies, **about}
+    (tmp_path / "eviction.json").write_text(json.dumps(evicted))
     (tmp_path / "generate.json").write_text(json.dumps({"benchmark": "generate", "models": [model], **about}))
     drawn = plots.draw(tmp_path, tmp_path / "img")
     assert {file.name for file in drawn} == {
-        "scaling-cap.png", "scaling-size.png", "scaling-sparsity.png", "generate_tiny-opt.png",
+        "scaling-cap.png", "scaling-size.png", "scaling-sparsity.png", "generate_tiny-opt.png", "eviction.png",
     }  # fmt: skip
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in drawn)
 

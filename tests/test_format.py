@@ -141,11 +141,13 @@ def rewrite_header(path: Path, change) -> None:
     path.write_bytes(raw[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(n) + raw[8 + n :])
 
 
-@pytest.mark.parametrize("version", ["3", "10", "0", ""])
+@pytest.mark.parametrize("version", ["4", "10", "0", ""])
 def test_another_format_version_is_refused(whole: Path, version: str) -> None:
     """Readers took any version for their own."""
     rewrite_header(whole, lambda header: header["__metadata__"].update({"hf_flash.format_version": version}))
-    with pytest.raises(CheckpointError, match=rf"format {version}, this hf_flash reads format 1 and 2.*pip install -U"):
+    with pytest.raises(
+        CheckpointError, match=rf"format {version}, this hf_flash reads formats 1, 2, 3.*pip install -U"
+    ):
         read_header(whole)
     assert "pip install -U" in verify_file(whole)[0]
 

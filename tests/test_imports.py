@@ -18,7 +18,7 @@ what there is    layout  config  window  budget  check
 files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  stream
-an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit
+an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order
 a model          attach  repack  save
 what users call  preview  thresholds  quantizer  patch  verify  contents  profile  calibrate  measures
 sessions         session  serve  demo  ladder  show  show_speed  evaluate  show_eval

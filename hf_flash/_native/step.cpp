@@ -31,12 +31,14 @@ struct Step {  // step.py has the same fields in the same order
   float arithmetic[3][4];
   float log_term, bar, least, most;
   int64_t bits;
-  // The cache: slots, what is in them, and the window's account of their use.
-  int64_t *slot_of, *neuron_of, *last;
+  // The cache: slot of each neuron, neuron in each slot, slots of this layer, and the window's account of neurons.
+  int64_t *slot_of, *neuron_of, *owned, *last;
   double *key;
   uint8_t *rows;
   int64_t n_slots, n_used, row_bytes, window, clock;
   double half_life;
+  const double *lately;  // [n_lately], by tokens since the last use; the last for all beyond
+  int64_t n_lately;
   // Reads.
   void *ring;
   int64_t fd, start, max_gap, max_rows;
@@ -82,24 +84,36 @@ int land(Step *s, void **batch) {
   return 0;
 }
 
-void use(Step *s, int64_t slot) {  // the score halves with every half life, and each use adds one
-  const double now = static_cast<double>(s->clock) / s->half_life;
-  s->key[slot] = std::log2(1.0 + std::exp2(s->key[slot] - now)) + now;
-  s->last[slot] = s->clock;
+const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
+
+int land_early(Step *s) {
+  const int result = land(s, &s->early);
+  for (int64_t i = 0; i < s->n_early && !result; i++)
+    if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->clock - s->window - 1;
+  return result;
 }
 
-// The n slots that are worth least, of those that this step does not use; the window's only after all others.
-std::vector<int64_t> victims(const Step *s, int64_t n) {
-  std::vector<int64_t> free;
-  for (int64_t i = 0; i < s->n_used; i++)
-    if (s->last[i] != s->clock) free.push_back(i);
-  const auto worse = [s](int64_t a, int64_t b) {
-    const bool recent_a = s->clock - s->last[a] < s->window, recent_b = s->clock - s->last[b] < s->window;
-    return recent_a != recent_b ? recent_b : s->key[a] != s->key[b] ? s->key[a] < s->key[b] : a < b;
-  };
-  if (n < static_cast<int64_t>(free.size())) std::nth_element(free.begin(), free.begin() + n, free.end(), worse);
-  free.resize(static_cast<size_t>(n));
-  return free;
+void use(Step *s, int64_t neuron) {  // the score halves with every half life, and each use adds one
+  const double now = static_cast<double>(s->clock) / s->half_life;
+  s->key[neuron] = std::log2(1.0 + std::exp2(s->key[neuron] - now)) + now;
+  s->last[neuron] = s->clock;
+}
+
+// The n slots (fewer if there are no more) that are worth least, of those that this step does not use; the window's only
+// after all others, or not at all.
+std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
+  std::vector<std::pair<double, int64_t>> free;
+  for (int64_t i = 0; i < s->n_used; i++) {
+    const int64_t neuron = s->neuron_of[s->owned[i]], age = s->clock - s->last[neuron];
+    if (s->last[neuron] < s->clock && !(age < s->window && spare_window))
+      free.emplace_back(s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)] + (age < s->window ? 1e12 : 0.0),
+                        s->owned[i]);
+  }
+  n = std::min(n, static_cast<int64_t>(free.size()));
+  std::nth_element(free.begin(), free.begin() + n, free.end());
+  std::vector<int64_t> slots;
+  for (int64_t i = 0; i < n; i++) slots.push_back(free[static_cast<size_t>(i)].second);
+  return slots;
 }
 
 // Slots for neurons that are in none: fresh ones, then `old`; and reads into them.
@@ -108,17 +122,13 @@ void *read_into_slots(Step *s, const std::vector<int64_t> &missing, const std::v
   *n_bytes = *n_reads = 0;
   if (missing.empty()) return nullptr;
   std::vector<int64_t> to;
-  for (int64_t slot : old) {
-    if (s->neuron_of[slot] >= 0) s->slot_of[s->neuron_of[slot]] = -1;
-    s->key[slot] = -1e300;
-  }
+  for (int64_t slot : old) s->slot_of[s->neuron_of[slot]] = -1;
   const int64_t n = static_cast<int64_t>(missing.size()), fresh = n - static_cast<int64_t>(old.size());
   for (int64_t k = 0; k < n; k++) {
-    const int64_t slot = k < fresh ? s->n_used + k : old[static_cast<size_t>(k - fresh)];
+    const int64_t slot = k < fresh ? s->owned[s->n_used + k] : old[static_cast<size_t>(k - fresh)];
     const int64_t neuron = missing[static_cast<size_t>(k)];
     s->slot_of[neuron] = slot, s->neuron_of[slot] = neuron;
     to.push_back(slot);
-    use(s, slot);
   }
   s->n_used += fresh;
   return hf_flash_ring_submit_rows(s->ring, static_cast<int>(s->fd), s->start, s->row_bytes, missing.data(), n,
@@ -126,22 +136,30 @@ void *read_into_slots(Step *s, const std::vector<int64_t> &missing, const std::v
                                    reinterpret_cast<uint64_t>(s->sink), n_bytes, n_reads);
 }
 
-// Slots of the wanted neurons, and reads under way for those that were in none.
-void fetch(Step *s) {
+// Slots of the wanted neurons, and reads under way for those that were in none. Returns as hf_flash_step does.
+int fetch(Step *s) {
   std::vector<int64_t> missing;
   int64_t early = 0;
-  s->n_early_right = 0;
+  s->n_early_right = s->n_bytes = s->n_reads = 0;
   for (int64_t i = 0; i < s->n_wanted; i++) {
-    const int64_t neuron = s->ids[i], slot = s->slot_of[neuron];
-    if (slot < 0) missing.push_back(neuron);
-    else use(s, slot);
+    const int64_t neuron = s->ids[i];
+    if (s->slot_of[neuron] < 0) missing.push_back(neuron);
+    use(s, neuron);
     while (early < s->n_early && s->early_ids[early] < neuron) early++;
     s->n_early_right += early < s->n_early && s->early_ids[early] == neuron;
   }
   s->n_read = static_cast<int64_t>(missing.size());
-  const std::vector<int64_t> old = victims(s, std::max<int64_t>(0, s->n_read - (s->n_slots - s->n_used)));
+  const int64_t n = std::max<int64_t>(0, s->n_read - (s->n_slots - s->n_used));
+  std::vector<int64_t> old = victims(s, n, false);
+  if (static_cast<int64_t>(old.size()) < n) {  // wrong guesses are in the way: wait for them, then they can go
+    int result = 2;
+    while (result == 2) result = land_early(s);
+    if (result) return result;
+    old = victims(s, n, false);
+  }
   s->batch = read_into_slots(s, missing, old, &s->n_bytes, &s->n_reads);
   for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->ids[i]];
+  return 0;
 }
 
 std::vector<float> gather(const float *bias, const int64_t *ids, int64_t n) {
@@ -176,7 +194,7 @@ void compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
 
 int wait_and_compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
   const double begun = now();
-  int result = land(s, &s->early);
+  int result = land_early(s);
   if (!result) result = land(s, &s->batch);
   s->wait_s += now() - begun;
   if (result) return result;
@@ -205,39 +223,43 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
   s->gate_s = now() - begun, s->wait_s = s->ffn_s = 0;
   if (s->n_wanted > s->n_slots) return 3;
   s->clock += T;
-  fetch(s);
-  return wait_and_compute(s, x, T, dtype, y);
+  const int result = fetch(s);
+  return result ? result : wait_and_compute(s, x, T, dtype, y);
 }
 
 // Start reading what the layer will likely want, from an input x that is only like the one to come: scored with 4 bits
 // and no margin. Takes only slots that are fresh or outside the window. Returns as hf_flash_step does.
 int hf_flash_step_early(Step *s, const void *x, int64_t T, int dtype) {
-  s->n_early = s->early_bytes = 0;
-  int result = land(s, &s->early);
+  const int result = land_early(s);
   if (result) return result;
+  s->n_early = s->early_bytes = 0;
   const std::vector<float> x32 = to_float(x, T * s->d, dtype);
   const int64_t n = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, nullptr, nullptr, nullptr, nullptr, s->step, s->norm,
                                   s->offset4, s->gated ? s->gate_bias : s->up_bias, 4, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, s->bar,
                                   s->least, s->most, s->early_ids, s->recent);
-  std::vector<int64_t> missing;
-  for (int64_t i = 0; i < n && n <= s->n_slots; i++)
-    if (s->slot_of[s->early_ids[i]] < 0) missing.push_back(s->early_ids[i]);
-  int64_t room = s->n_slots - s->n_used;
+  if (n > s->n_slots) return 0;
   s->clock += T;  // the time of the step to come
-  std::vector<int64_t> old;
-  if (static_cast<int64_t>(missing.size()) > room) {
-    for (int64_t i = 0; i < s->n_used; i++) room += s->clock - s->last[i] >= s->window;
-    if (static_cast<int64_t>(missing.size()) > room) missing.resize(static_cast<size_t>(room));
-    old = victims(s, std::max<int64_t>(0, static_cast<int64_t>(missing.size()) - (s->n_slots - s->n_used)));
+  std::vector<int64_t> missing;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t neuron = s->early_ids[i];
+    if (s->slot_of[neuron] < 0) missing.push_back(neuron);
+    else s->last[neuron] = s->clock;  // guessed and there: not to be given away for another guess
   }
+  const int64_t fresh = std::min(static_cast<int64_t>(missing.size()), s->n_slots - s->n_used);
+  const std::vector<int64_t> old = victims(s, static_cast<int64_t>(missing.size()) - fresh, true);
+  missing.resize(static_cast<size_t>(fresh) + old.size());
   int64_t n_reads;
   s->early = read_into_slots(s, missing, old, &s->early_bytes, &n_reads);
-  for (int64_t neuron : missing) s->key[s->slot_of[neuron]] -= 3;  // a guess is worth less than a use
   s->clock -= T;
+  for (int64_t i = 0; i < n; i++) s->last[s->early_ids[i]] = std::min(s->last[s->early_ids[i]], s->clock);
+  for (int64_t neuron : missing) s->last[neuron] = ARRIVING;
   s->n_early = static_cast<int64_t>(missing.size());
   std::copy(missing.begin(), missing.end(), s->early_ids);
   return 0;
 }
+
+// Wait for what was read early. Returns as hf_flash_step does.
+int hf_flash_step_land(Step *s) { return land_early(s); }
 
 int hf_flash_step_on(Step *s, const void *x, int64_t T, int dtype, void *y) { return wait_and_compute(s, x, T, dtype, y); }
 

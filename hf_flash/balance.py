@@ -1,0 +1,120 @@
+"""How many slots each layer has: a row of DRAM belongs where it saves most reads.
+
+Layers fire very unevenly (a fifth of the neurons of one, one in sixty of the next), so equal shares waste what a quiet
+layer does not need and starve a busy one. The scores by which neurons are evicted count expected uses, whatever the
+layer: the best division gives a layer as many slots as it has neurons among the most valuable of all layers. That is
+what one cache for all layers with one order of eviction would come to; here slots change hands now and then, between
+passes, so that a layer's books stay its own and a token touches only what it wants. No row is moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_flash.cache import Slots
+from hf_flash.plan import IntArray
+from hf_flash.sparse import SparseEngine
+
+FIRST_PASSES, EVERY_PASSES = 8, 64  # balanced after 8 passes, 16, 32, 64, and then every 64
+
+
+def divide(worth: Sequence[npt.NDArray[np.float64]], least: IntArray, n_slots: int) -> IntArray:
+    """Slots by layer: its least, and one for each of its neurons among the most valuable of what else there is.
+
+    Args:
+        worth: per layer [n_neurons], as `Window.worth` gives it.
+        least: [n_layers] slots that each must have; no more than `n_slots` together, nor than neurons in any.
+        n_slots: to divide; no more than there are neurons.
+
+    Returns:
+        [n_layers], summing to n_slots, none above the layer's number of neurons.
+    """
+    rest = [-np.partition(-w, n)[n:] if n < len(w) else w[:0] for w, n in zip(worth, least, strict=True)]
+    owner = np.repeat(np.arange(len(rest)), [len(r) for r in rest])
+    values = np.concatenate(rest)
+    known = np.flatnonzero(values > -1e299)  # of a neuron that was never used nothing is known
+    n_left = n_slots - int(least.sum())
+    if len(known) > n_left:
+        known = known[np.argpartition(-values[known], n_left)[:n_left]]
+    out = least + np.bincount(owner[known], minlength=len(rest))
+    room = np.array([len(w) for w in worth]) - out
+    n_left = n_slots - int(out.sum())
+    spread = room * n_left // max(1, int(room.sum()))  # what nothing is known of, evenly
+    out += spread
+    for i in np.argsort(spread - room)[: n_left - int(spread.sum())]:
+        out[i] += 1
+    return out
+
+
+class Balance:
+    """The layers that share one memory of slots.
+
+    Args:
+        engines: of the layers, whose rows have one size.
+        n_slots: per layer, to begin with.
+    """
+
+    def __init__(self, engines: Sequence[SparseEngine], n_slots: Sequence[int]) -> None:
+        self._engines, self._shares = list(engines), list(n_slots)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Every layer forgets its neurons and has the slots that it had to begin with, in fresh memory."""
+        self._slots = Slots(sum(self._shares), self._engines[0].layer.layout.row_bytes)
+        self._n_passes, self._next = 0, FIRST_PASSES
+        first = 0
+        for engine, n in zip(self._engines, self._shares, strict=True):
+            engine.cache.begin(n, self._slots, first)
+            first += n
+
+    def pass_begins(self) -> None:
+        """Count a pass, and balance where it is time and no other thread computes.
+
+        Raises:
+            ReadError: an earlier read failed.
+        """
+        self._n_passes += 1
+        alone = any(engine.cache.slots is not self._slots for engine in self._engines)  # a pass was stopped
+        if self._n_passes < self._next and not alone:
+            return
+        with contextlib.ExitStack() as held:
+            for engine in self._engines:
+                if not engine.cache.lock.acquire(blocking=False):
+                    return  # the next pass tries again
+                held.callback(engine.cache.lock.release)
+            for engine in self._engines:
+                engine.land()
+            if alone:
+                self._begin()
+            else:
+                self._balance()
+                self._next = self._n_passes + min(self._n_passes, EVERY_PASSES)
+
+    def _balance(self) -> None:
+        caches = [engine.cache for engine in self._engines]
+        n_slots = np.array([cache.n_slots for cache in caches])
+        least = np.array([min(cache.n_slots, max(1, cache.layer.n_neurons // 50)) for cache in caches])
+        needed = np.maximum(least, [min(cache.largest, cache.layer.n_neurons) for cache in caches])
+        if needed.sum() <= n_slots.sum():  # a layer with fewer slots than a pass wants must sweep, past its slots
+            least = needed
+        change = divide([cache.window.worth() for cache in caches], least, int(n_slots.sum())) - n_slots
+        try:
+            free = [caches[i].give(int(-change[i])) for i in np.flatnonzero(change < 0)]
+            bounds = np.cumsum(np.maximum(change, 0))[:-1]
+            for cache, slots in zip(
+                caches, np.split(np.concatenate([*free, np.empty(0, np.int64)]), bounds), strict=True
+            ):
+                cache.receive(slots)
+        except BaseException:  # Ctrl-C: no slot may belong to two layers
+            self._begin()
+            raise
+        for cache in caches:
+            cache.largest = cache.largest * 7 // 8
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Balance:
+        return self
