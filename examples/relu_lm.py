@@ -12,14 +12,14 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -85,12 +85,16 @@ def progress_interval() -> float:
     return 0.2 if sys.stderr.isatty() else 30.0
 
 
-@contextmanager
-def activations(model: OPTForCausalLM) -> Iterator[list[Tensor]]:
+def activations(model: OPTForCausalLM) -> AbstractContextManager[list[Tensor]]:
     """Collect what each layer's ReLU gives, n_layers of [..., d_ffn]; clear the list between passes."""
+    return outputs([layer.activation_fn for layer in model.model.decoder.layers])
+
+
+@contextmanager
+def outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect what some modules give, in the order in which they are called; clear the list between passes."""
     seen: list[Tensor] = []
-    relus = [layer.activation_fn for layer in model.model.decoder.layers]
-    hooks = [relu.register_forward_hook(lambda _module, _args, out: seen.append(out)) for relu in relus]
+    hooks = [module.register_forward_hook(lambda _module, _args, out: seen.append(out)) for module in modules]
     try:
         yield seen
     finally:

@@ -42,6 +42,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from grow_lm import grow
 from relu_lm import (
     BOS,
     EOS,
@@ -93,6 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--valid", type=Path, required=True, help="UTF-8 text, never trained on, to measure with")
     p.add_argument("--out", type=Path, required=True, help="folder for the model, in Hugging Face layout")
     p.add_argument("--work-dir", type=Path, help="folder for checkpoint and tokens (default: OUT-training)")
+    p.add_argument("--grow", type=Path, help="begin from this smaller model of this script's, with its tokenizer")
     p.add_argument("--eval-only", action="store_true", help="train nothing, measure the model in OUT")
     p.add_argument("--max-hours", type=float, help="end by then, tokens left or not; the schedule follows")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to train (default: cpu)")
@@ -162,6 +164,7 @@ def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, np.
     texts = [read_text(path) for path in args.text]
     read_text(args.valid)  # a bad held-out file should show now, not after hours
     run = {name: vars(args)[name.replace("-", "_")] for name in SHAPE}
+    run["grown from"] = str(args.grow or "nothing")
     run["text of SHA-256"] = hashlib.sha256(args.document_prefix.join(texts).encode()).hexdigest()
     saved, folder = args.work_dir / "run.json", args.work_dir / "tokenizer"
     if saved.exists():
@@ -170,8 +173,11 @@ def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, np.
             advice = "Ask for the same, or name another --work-dir."
             sys.exit(f"{args.work_dir}: holds a run with {'; '.join(differs)}. {advice}")
         return AutoTokenizer.from_pretrained(folder), np.load(args.work_dir / "tokens.npy", mmap_mode="r")
-    tqdm.write(f"training a {args.vocab}-token BPE on {sum(map(len, texts)) / 1e6:.1f} M characters")
-    tokenizer = train_tokenizer(texts, args.vocab, args.seq)
+    if args.grow:
+        tokenizer = AutoTokenizer.from_pretrained(args.grow)
+    else:
+        tqdm.write(f"training a {args.vocab}-token BPE on {sum(map(len, texts)) / 1e6:.1f} M characters")
+        tokenizer = train_tokenizer(texts, args.vocab, args.seq)
     tokens = encode(tokenizer, texts, args.document_prefix)
     if len(tokens) < (need := args.seq * (args.batch + 1)):
         advice = "Add text, or lower --batch or --seq."
@@ -207,7 +213,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray):
         self.args, self.tokenizer, self.tokens = args, tokenizer, tokens
         torch.manual_seed(args.seed)
-        self.model = build_model(args, len(tokenizer)).to(args.device).train()
+        model = build_model(args, len(tokenizer))
+        if args.grow:
+            grow(OPTForCausalLM.from_pretrained(args.grow), model)
+        self.model = model.to(args.device).train()
         params = list(self.model.parameters())
         matrices = {"params": [p for p in params if p.dim() > 1], "weight_decay": args.weight_decay}
         vectors = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}  # thresholds, norms
@@ -321,7 +330,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
     """What training.json says of the run. Paths lose their folders, which are nobody's business."""
     args = trainer.args
     command = shlex.join(["python", "examples/train_relu_lm.py", *args.argv])
-    for path in (*args.text, args.valid, args.work_dir, args.out):
+    for path in (*args.text, args.valid, args.work_dir, args.out, *filter(None, [args.grow])):
         command = command.replace(str(path), path.name)
     return {
         "finished": trainer.progress >= 1,

@@ -38,7 +38,7 @@ from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
-from hf_flash.readers import open_reader
+from hf_flash.readers import UnbundledReader, open_reader
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
@@ -384,8 +384,13 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     return_large_blocks()
     config, plan, stats = runtime.config, runtime.plan, runtime.stats
     reader = open_reader(n_threads=config.n_threads)
-    runtime.store = store = FlashStore(runtime.files, reader)
-    stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats)
+    apart = "bundling" in config.without
+    n_matrices = 3 if any(block.gate is not None for block in runtime.blocks) else 2
+    runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)
+    overlap = "overlap" not in config.without
+    stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats, overlap)
+    keeps = "window" not in config.without
+    one_call = overlap and keeps
     work = WorkBuffers()
     gates = GateFile(runtime.gates_file) if runtime.gates_file else None
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
@@ -402,21 +407,21 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             else:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime)
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats)
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
-                module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats)
+                module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
-    runtime.balances = _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
+    runtime.balances = [] if not keeps else _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
         begins.on_pass = [balance.pass_begins for balance in runtime.balances]
-    if config.lookahead:
+    if config.lookahead and overlap:
         assert gates is not None
         _look_ahead(model, runtime, gates)
-    else:
+    elif overlap:
         early.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
@@ -507,7 +512,8 @@ def plan_for(
     Raises:
         MemoryCapError: the cap is too small; names the smallest that would do.
     """
-    return make_plan(demand_of(model, blocks, geometry, config, located), config.cap())
+    demand = demand_of(model, blocks, geometry, config, located)
+    return make_plan(demand, config.cap(), "residents" not in config.without)
 
 
 assert MAX_CHUNK_BYTES % 4096 == 0

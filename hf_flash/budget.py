@@ -151,12 +151,13 @@ class Plan:
         return self
 
 
-def make_plan(demand: Demand, memory: int) -> Plan:
+def make_plan(demand: Demand, memory: int, residents: bool = True) -> Plan:
     """Divide `memory` among a model's claims.
 
     Args:
         demand: what the model asks for.
         memory: the cap in bytes.
+        residents: False to leave on flash whatever can be, and room unused: what reading everything costs.
 
     Raises:
         MemoryCapError: it cannot be done; the message names the smallest cap that would do.
@@ -164,7 +165,7 @@ def make_plan(demand: Demand, memory: int) -> Plan:
     share = 128 if any(layer.gate == "all" for layer in demand.layers) else 512  # large chunks are for streams
     chunk = max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, memory // share // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES))
     while True:
-        plan = _divide(demand, memory, chunk)
+        plan = _divide(demand, memory, chunk, residents)
         if plan is not None:
             return plan
         if chunk == MIN_CHUNK_BYTES:
@@ -191,7 +192,7 @@ def smallest_cap(demand: Demand) -> int:
     return round_up(high, 1 << 20)
 
 
-def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
+def _divide(demand: Demand, memory: int, chunk: int, residents: bool = True) -> Plan | None:
     """The plan that streams the least: nothing if all fits, else embeddings, then matrices, last layers first."""
     sparse = [layer for layer in demand.layers if layer.gate != "all"]
     sweeps = [layer for layer in demand.layers if layer.gate == "all"]
@@ -212,14 +213,15 @@ def _divide(demand: Demand, memory: int, chunk: int) -> Plan | None:
     everything += sum(layer.n_neurons * layer.row_bytes for layer in sparse)
     predictors = sum(layer.predictor_bytes + layer.lookahead_bytes for layer in sparse)
     whole = _Choice([], [], sum(m.n_bytes for m in demand.matrices), everything, True)
-    for choice in (whole, *(_choice(rest, n, lookups, sparse) for n in range(len(rest), -1, -1))):
+    streams = (_choice(rest, n, lookups, sparse) for n in range(len(rest) if residents else 0, -1, -1))
+    for choice in (whole, *streams) if residents else streams:
         needs_ring = sweeps or any(not m.lookup for m in choice.streamed)
         ring = _ring_bytes(demand, choice.streamed, chunk) if needs_ring else 0
         left = spare - choice.resident_bytes - ring - predictors
         bits, sketches = _sketch_bits(sparse, left, choice.least_bytes)
         if choice.least_bytes + sketches <= left:
             parts |= {"gates": sketches + predictors, "stream": ring, "resident matrices": choice.resident_bytes}
-            return _finish(demand, memory, chunk, parts, choice, bits)
+            return _finish(demand, memory, chunk, parts, choice, bits, residents)
     return None
 
 
@@ -284,9 +286,11 @@ def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
     return N_BUFFERS * (round_up(longest, 4096) + 8192)
 
 
-def _finish(demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice, bits: int) -> Plan:
+def _finish(
+    demand: Demand, memory: int, chunk: int, parts: dict[str, int], choice: _Choice, bits: int, residents: bool
+) -> Plan:
     """Give what is left to the FFNs: slots in proportion, pinned layers spread evenly, one of them in part."""
-    left = memory - sum(parts.values())
+    left = memory - sum(parts.values()) if residents else 0
     sparse = [layer for layer in demand.layers if layer.gate != "all"]
     sweeps = [layer for layer in demand.layers if layer.gate == "all"]
     whole = sum(layer.n_neurons * layer.row_bytes for layer in sparse)

@@ -105,10 +105,10 @@ def _view(figures: dict[str, Any]) -> RenderableType:
         part = figures["threshold"]
         size = format_size(part["n_bytes"])
         table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
-        columns = list(part["layers"][0])
-        for column in columns:
-            table.add_column(column, justify="left" if column == "layer" else "right")
+        names = list(part["layers"][0])
+        for name in names:
+            table.add_column(name, justify="left" if name == "layer" else "right")
         for row in part["layers"]:
-            table.add_row(*(str(row[column]) for column in columns))
+            table.add_row(*(str(row[name]) for name in names))
         tables.append(table)
     return Group(*tables)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console, Group
 
+from hf_flash import bench as _bench
 from hf_flash import calibration as _calibration
 from hf_flash import doctor as _doctor
 from hf_flash import eval_command as _eval
@@ -249,6 +250,7 @@ def _stream(opened: Any, inputs: Any, max_new_tokens: int, as_json: bool, **opti
     return done
 
 
+app.command(rich_help_panel=_RUN, epilog=_bench.EPILOG)(_bench.bench)
 app.command(rich_help_panel=_RUN, epilog=_doctor.EPILOG)(_doctor.doctor)
 app.command("eval", rich_help_panel=_RUN, epilog=_eval.EPILOG)(_eval.evaluate)
 

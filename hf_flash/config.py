@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ GATES = ("auto", "all", "certified", "predicted", "threshold")
 MEMORY_VARIABLE = "HF_FLASH_MEMORY"
 DEFAULT_CONTEXT = 1024
 CERTIFIED_BITS = range(4, 9)
+ABLATIONS = ("residents", "window", "bundling", "overlap")
 
 NOTICE = (
     "The FFN weights of this model are in flash-*.safetensors. `pip install hf_flash` and `import hf_flash` before "
@@ -25,7 +26,7 @@ NOTICE = (
 )
 LOADING_ATTRIBUTES = (
     "memory", "gate", "delta", "context", "batch_size", "exact", "window", "lookahead", "sparsity",
-    "n_threads", "cache_dir",
+    "n_threads", "cache_dir", "without",
 )  # fmt: skip
 
 
@@ -61,6 +62,10 @@ class FlashConfig(QuantizationConfigMixin):
             `hf_flash` inside the Hugging Face cache folder.
         lookahead (`bool`, defaults to `False`): start a layer's reads one layer early, where a predictor made by
             `hf-flash calibrate --lookahead` says what it will want. Wrong guesses cost reads, never tokens.
+        without (collection of `str`, *optional*): what to switch off to measure what it gives (`hf-flash bench
+            --ladder` does): `"residents"`, nothing stays in DRAM that a token can read; `"window"`, no neuron stays
+            from one token to the next; `"bundling"`, a neuron's matrices are read apart; `"overlap"`, nothing is read
+            during arithmetic, and a layer's step is taken one call after the other. The answers are the same.
 
     Example:
         >>> AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b", quantization_config=FlashConfig(memory="1.5GiB"))
@@ -80,6 +85,7 @@ class FlashConfig(QuantizationConfigMixin):
         cache_dir: str | os.PathLike[str] | None = None,
         lookahead: bool = False,
         sparsity: float | None = None,
+        without: Collection[str] = (),
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -89,6 +95,7 @@ class FlashConfig(QuantizationConfigMixin):
         self.exact, self.window, self.n_threads, self.lookahead = exact, window, n_threads, lookahead
         self.sparsity = sparsity
         self.cache_dir = None if cache_dir is None else os.fspath(cache_dir)
+        self.without = (without,) if isinstance(without, str) else tuple(without)
         kwargs.pop("quant_method", None)
         self.extra = {**kwargs.pop("extra", {}), **kwargs}  # written by a newer version; kept
         self._check()
@@ -112,6 +119,10 @@ class FlashConfig(QuantizationConfigMixin):
             )
         if self.sparsity is not None and self.gate not in ("auto", "threshold"):
             raise FlashConfigError(f"sparsity={self.sparsity} is for gate='threshold', and the gate is {self.gate!r}.")
+        if unknown := sorted(set(self.without) - set(ABLATIONS)):
+            raise FlashConfigError(
+                f"without={unknown[0]!r} is unknown. Choose among {', '.join(map(repr, ABLATIONS))}."
+            )
         if self.context is not None and (type(self.context) is not int or self.context < 1):
             raise FlashConfigError(f"context={self.context!r} must be a number of tokens, 1 or more.")
 

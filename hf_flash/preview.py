@@ -72,7 +72,7 @@ class Preview:
         Raises:
             MemoryCapError: it is too small; names the smallest that would do.
         """
-        return budget.make_plan(self.demand, self.config.cap())
+        return budget.make_plan(self.demand, self.config.cap(), "residents" not in self.config.without)
 
     @property
     def smallest_cap(self) -> int:

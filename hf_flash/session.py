@@ -111,16 +111,12 @@ class Session:
         Raises:
             FlashError: it cannot run from flash, and why.
         """
-        quantizer.register()
-        auto = AutoModelForSeq2SeqLM if preview.skeleton.config.is_encoder_decoder else AutoModelForCausalLM
         base = _status_bytes("VmRSS")
         with contextlib.suppress(OSError):  # forget the peak so far, where the kernel lets us
             Path("/proc/self/clear_refs").write_text("5")
         start = time.monotonic()
-        model: Any = auto.from_pretrained(
-            preview.name, quantization_config=preview.config, dtype=preview.skeleton.dtype, **kwargs
-        )
-        return cls(model.eval(), tokenizer, time.monotonic() - start, base)
+        model = open_model(preview, **kwargs)
+        return cls(model, tokenizer, time.monotonic() - start, base)
 
     @property
     def stats(self) -> FlashStats:
@@ -161,6 +157,14 @@ class Session:
             max(_status_bytes("VmHWM"), self._base),
             self._base,
         )
+
+
+def open_model(preview: Preview, **kwargs: Any) -> Any:
+    """Load the model that a preview is of, with the preview's options; see `Session.open`."""
+    quantizer.register()
+    auto = AutoModelForSeq2SeqLM if preview.skeleton.config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"quantization_config": preview.config, "dtype": preview.skeleton.dtype}
+    return auto.from_pretrained(preview.name, **options, **kwargs).eval()
 
 
 class _Meter(TextStreamer):

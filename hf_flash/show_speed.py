@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_flash.estimate import Estimate
+from hf_flash.ladder import Ladder
 from hf_flash.layout import format_size
 from hf_flash.probe import Probe
 
@@ -93,6 +94,30 @@ def estimate_lines(found: Estimate | None) -> list[str]:
         else []
     )
     return [terms, floor, *assumed]
+
+
+def ladder_view(ladder: Ladder) -> RenderableType:
+    """A row for each rung, as in the paper's Tables 2 and 3."""
+    titles = ["", "DRAM", "flash to DRAM", "reads", "bandwidth", "I/O", "memory", "compute", "a token", "tokens/s"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for row in ladder.rows:
+        table.add_row(
+            row.name, format_size(row.dram_bytes), format_size(row.bytes_per_token), f"{row.reads_per_token:,.0f}",
+            f"{format_size(row.bytes_per_s)}/s" if row.bytes_per_s else "-",
+            *(f"{seconds * 1e3:,.1f} ms" for seconds in (row.io_s, row.memory_s, row.compute_s, row.token_s)),
+            _rate(row.tokens_per_s),
+        )  # fmt: skip
+    head = (
+        f"{ladder.model}: {format_size(ladder.n_bytes)} of weights, cap {format_size(ladder.memory)}; means of "
+        f"{ladder.rows[0].n_tokens} new tokens"
+    )
+    notes = [f"{row.name}: {row.what}" for row in ladder.rows]
+    notes += [f"left out: {ladder.left_out}"] if ladder.left_out else []
+    if len(ladder.rows) > 1:
+        notes.append(f"all rows gave the same {len(ladder.token_ids)} tokens")
+    return Group(_line(head), table, *map(_line, notes))
 
 
 def _time(seconds: float) -> str:

@@ -33,16 +33,17 @@ class SparseEngine(Engine):
         cache: slots in DRAM.
         batch_rows: rows computed on at a time (bounds the scratch memory).
         work: scratch shared by all layers, used under `work.lock`.
+        one_call: take a few tokens in one native call, where that can be had.
     """
 
     def __init__(
         self, store: FlashStore, layer: FlashLayer, gate: Gate, cache: NeuronCache,
-        batch_rows: int, work: WorkBuffers, stats: FlashStats,
+        batch_rows: int, work: WorkBuffers, stats: FlashStats, one_call: bool = True,
     ) -> None:  # fmt: skip
         self.layer, self.gate, self.cache = layer, gate, cache
         self._store, self._work, self._stats = store, work, stats
         self._batch_rows = batch_rows
-        native_gate = isinstance(gate, CertifiedGate) and NativeStep.can(store, layer)
+        native_gate = one_call and isinstance(gate, CertifiedGate) and NativeStep.can(store, layer)
         self._step = NativeStep(store, layer, gate, cache, stats) if native_gate else None  # type: ignore[arg-type]
         self._ahead: Ticket | None = None  # reads that `prefetch` started
         self._ahead_neurons = np.empty(0, np.int64)
@@ -222,7 +223,7 @@ class SparseEngine(Engine):
                 self._land()
                 if self._step is not None:
                     self._step.land()
-                self.cache.window.tick(n_tokens)
+                self.cache.pass_begins(n_tokens)
                 yield
             except BaseException:  # Ctrl-C too: memory that a read may still fill must not be used again
                 self._forget()

@@ -44,10 +44,14 @@ class Stream:
         chunk_bytes: upper bound of a chunk (one row at least).
         n_buffers: chunks in flight or in use.
         stats: where bytes and waits are counted.
+        overlap: False to fill the ring, wait for all of it, and read on only when it is used up: to measure what the
+            difference is.
     """
 
-    def __init__(self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats) -> None:
-        self._reader, self._stats, self.chunk_bytes = reader, stats, chunk_bytes
+    def __init__(
+        self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats, overlap: bool = True
+    ) -> None:
+        self._reader, self._stats, self.chunk_bytes, self._overlap = reader, stats, chunk_bytes, overlap
         self._free: list[torch.Tensor] = []
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
         self._units: list[Extent2D] = []
@@ -129,7 +133,10 @@ class Stream:
             try:
                 t0 = time.perf_counter()
                 pending.ticket.wait()
-                self._refill()  # a device that shares its time ends all reads at once: it goes on at once, too
+                if self._overlap:
+                    self._refill()  # a device that shares its time ends all reads at once: it goes on at once, too
+                for other in () if self._overlap else self._pending:
+                    other.ticket.settle()
                 self._stats.add(wait_s=time.perf_counter() - t0)
                 if trace.active is not None:
                     trace.active.add(trace.WAIT, t0, time.perf_counter())
@@ -137,7 +144,8 @@ class Stream:
             finally:
                 pending.ticket.settle()
                 self._free.append(pending.buffer)
-                self._refill(RESERVE)
+                if self._overlap:
+                    self._refill(RESERVE)
 
     def _take(self, chunk: Chunk) -> _Pending:
         if not any(p.chunk == chunk for p in self._pending):
@@ -148,6 +156,8 @@ class Stream:
         taken = self._pending.popleft()
         if not self._pending and (following := self._following(chunk)) is not None:
             self._schedule(following)
+        elif self._pending and not self._overlap:
+            return taken
         self._refill(RESERVE)
         return taken
 

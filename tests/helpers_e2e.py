@@ -40,7 +40,7 @@ def load_any(folder: Path, like: PreTrainedModel, memory: int | str = ROOMY, **o
 def tightest_plan() -> Iterator[None]:
     """Models loaded in this block get the smallest plan there is, to the byte: whatever can be streamed is."""
 
-    def tightest(demand: Demand, memory: int) -> Plan:
+    def tightest(demand: Demand, memory: int, residents: bool = True) -> Plan:
         low, high = 0, smallest_cap(demand)
         while high - low > 1:
             middle = (low + high) // 2

@@ -23,7 +23,9 @@ from hf_flash.cli import app
 from hf_flash.errors import HubError
 
 CAP = "48MiB"
-COMMANDS = {"repack", "plan", "run", "demo", "inspect", "verify", "push", "serve", "doctor", "eval"}
+COMMANDS = {
+    "repack", "plan", "run", "demo", "inspect", "verify", "push", "serve", "doctor", "eval", "calibrate", "bench",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,7 @@ def test_what_a_newer_version_wrote_is_kept() -> None:
 def test_what_the_caller_passes_wins() -> None:
     options = {
         "memory": "1GiB", "gate": "threshold", "delta": 0.0, "context": 7, "batch_size": 2, "exact": False, "window": 9,
-        "n_threads": 1, "cache_dir": "somewhere", "lookahead": True, "sparsity": 0.3,
+        "n_threads": 1, "cache_dir": "somewhere", "lookahead": True, "sparsity": 0.5, "without": ("window",),
     }  # fmt: skip
     assert FlashConfig(**options).get_loading_attributes() == {**options, "memory": 1 << 30}
     assert set(options) == set(config.LOADING_ATTRIBUTES)

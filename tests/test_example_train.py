@@ -142,6 +142,33 @@ def test_other_options_do_not_resume(example, text: Path, tmp_path: Path) -> Non
         train.main(command(text, tmp_path / "model", "--ffn", "128"))
 
 
+def test_a_grown_model_begins_as_the_small_one(example, text: Path, tmp_path: Path) -> None:
+    """Twice as wide, more layers, heads and neurons, none a copy of another: the same logits until it is trained."""
+    train, _ = example
+    small = tmp_path / "small"
+    train.main(command(text, small))
+    args = train.parse_args(command(text, tmp_path / "x", "--d-model=32", "--layers=5", "--ffn=80", "--heads=4"))
+    model, stored = train.build_model(args, 300), AutoModelForCausalLM.from_pretrained(small)
+    sys.modules["grow_lm"].grow(stored, model)
+    ids = torch.arange(3, 19)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(ids).logits, stored(ids).logits, rtol=1e-4, atol=1e-4)
+    fc1, fc2 = model.model.decoder.layers[0].fc1.weight, model.model.decoder.layers[0].fc2.weight
+    assert not torch.equal(fc1[:64, :16], fc1[:64, 16:]) and not fc2[:, 64:].any() and fc1[64:].std() > 0
+    large = ["--d-model=32", "--layers=3", "--heads=4", "--grow", str(small)]
+    train.main(command(text, tmp_path / "large", *large))
+    facts = json.loads((tmp_path / "large" / "training.json").read_text())
+    assert "--grow small" in facts["command"] and len(facts["held_out"]["zeros_per_layer"]) == 3
+    for wrong, message in (
+        ("--d-model=40", "must be a multiple of 16"),
+        ("--heads=8", "must be 8 wide as in --grow: --heads 4"),
+        ("--layers=1", "has 2 already"),
+        ("--seq=32", "--grow has --seq 16"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train.main(command(text, tmp_path / "wrong", *large, wrong))
+
+
 def test_penalty_raises_zeros(example, text: Path, tmp_path: Path) -> None:
     """A run steered to 95 % zeros must get well above the same run without the penalty."""
     train, _ = example

@@ -21,12 +21,13 @@ rows in DRAM     cache  stream
 an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order
 a model          attach  repack  save
 what users call  preview  thresholds  quantizer  patch  verify  contents  profile  calibrate  measures
-sessions         session  serve  demo  show  show_speed  evaluate  show_eval
-programs         options  terminal  doctor  calibration  eval_command  cli  __init__  __main__
+sessions         session  serve  demo  ladder  show  show_speed  evaluate  show_eval
+programs         options  terminal
+commands         doctor  bench  calibration  eval_command  cli  __init__  __main__
 """
 
 # A command imports torch and transformers only when it needs them, and with them most of our own modules.
-IMPORTS_IN_FUNCTIONS = {"cli", "doctor", "calibration", "eval_command"}
+IMPORTS_IN_FUNCTIONS = {"bench", "cli", "doctor", "calibration", "eval_command"}
 
 PACKAGE = Path(hf_flash.__file__).parent
 

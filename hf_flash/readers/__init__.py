@@ -9,9 +9,10 @@ from transformers.utils import logging
 from hf_flash.errors import FlashConfigError
 from hf_flash.readers.base import Read, Reader, Ticket
 from hf_flash.readers.threads import ThreadReader
+from hf_flash.readers.unbundled import UnbundledReader
 from hf_flash.readers.uring import UringReader
 
-__all__ = ["Read", "Reader", "ThreadReader", "Ticket", "UringReader", "open_reader"]
+__all__ = ["Read", "Reader", "ThreadReader", "Ticket", "UnbundledReader", "UringReader", "open_reader"]
 
 READER_VARIABLE = "HF_FLASH_READER"
 NAMES = ("auto", "uring", "threads")
