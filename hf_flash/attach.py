@@ -389,8 +389,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)
     overlap = "overlap" not in config.without
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats, overlap)
-    window = None if "window" in config.without else config.window
-    one_call = overlap and window is not None
+    keeps = "window" not in config.without
+    one_call = overlap and keeps
     work = WorkBuffers()
     gates = GateFile(runtime.gates_file) if runtime.gates_file else None
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
@@ -407,14 +407,14 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             else:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime)
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), window, stats)
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps)
                 batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True
         elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
             _connect_matrix(module, path, runtime, stream)
-    runtime.balances = _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
+    runtime.balances = [] if not keeps else _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
         begins.on_pass = [balance.pass_begins for balance in runtime.balances]

@@ -57,10 +57,11 @@ class NeuronCache:
         store: where missing bundles come from.
         layer: whose bundles.
         n_slots: bundles that fit; with n_slots >= n_neurons everything read once stays.
-        window: k, tokens whose neurons stay before any other; None keeps no neuron from one pass to the next.
+        window: k, tokens whose neurons stay before any other; 0 for none.
         stats: where hits and reads are counted.
         slots, first: memory shared with other layers, of which `n_slots` from the first on are this one's; without,
             memory of its own.
+        keeps: whether neurons stay from one pass to the next.
 
     Attributes:
         n_slots: slots that are this layer's now. n_used: of those, how many hold a neuron.
@@ -68,9 +69,10 @@ class NeuronCache:
     """
 
     def __init__(
-        self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int | None, stats: FlashStats,
-        slots: Slots | None = None, first: int = 0,
+        self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats,
+        slots: Slots | None = None, first: int = 0, keeps: bool = True,
     ) -> None:  # fmt: skip
+        self._keeps = keeps
         self._store, self.layer, self._stats = store, layer, stats
         self._window, self.n_used = window, 0
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
@@ -109,12 +111,11 @@ class NeuronCache:
         self.n_used, self.window.clock = n_used, clock
 
     def pass_begins(self, n_tokens: int) -> None:
-        """A pass of `n_tokens` tokens begins."""
+        """A pass of `n_tokens` tokens begins. Hold `lock`."""
         self.window.tick(n_tokens)
-        if self._window is None:
+        if not self._keeps:
             self._drop(self._owned[: self.n_used])
-            self._stats.add(cache_bytes=-self.n_used * self.layer.layout.row_bytes)
-            self.n_used = 0
+            self.took(0, self.window.clock)
 
     def cached(self, neurons: IntArray) -> IntArray:
         """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
