@@ -38,6 +38,7 @@ from hf_flash.fit import MIN_TOKENS, Fitted, Target, fit
 from hf_flash.format import atomic_text
 from hf_flash.gates import Predictor
 from hf_flash.layout import format_size
+from hf_flash.memory import blocks_kept
 from hf_flash.output import copy_side_files, only_writer
 from hf_flash.preview import Preview, look
 from hf_flash.recording import WORK_NAME, Recording, record
@@ -295,7 +296,7 @@ def _train(
     pairs = list(itertools.pairwise(layers)) if ahead is not None else []
     bar = tqdm(total=len(layers) + len(pairs), desc="Training", unit="predictor", disable=not progress,
                bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]")  # fmt: skip
-    with bar:
+    with bar, blocks_kept():
         own = {layer: _fitted(recording, work, layer, layer, target, bar) for layer in layers}
         early = {b: (a, _fitted(recording, work, a, b, ahead, bar)) for a, b in pairs if ahead is not None}
     return own, early
