@@ -101,10 +101,10 @@ def _view(figures: dict[str, Any]) -> RenderableType:
         part = figures["threshold"]
         size = format_size(part["n_bytes"])
         table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
-        columns = list(part["layers"][0])
-        for column in columns:
+        names = list(part["layers"][0])
+        for column in names:
             table.add_column(column, justify="left" if column == "layer" else "right")
         for row in part["layers"]:
-            table.add_row(*(str(row[column]) for column in columns))
+            table.add_row(*(str(row[column]) for column in names))
         tables.append(table)
     return Group(*tables)
