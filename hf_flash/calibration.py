@@ -81,7 +81,7 @@ def _view(figures: dict[str, Any]) -> RenderableType:
 
     from hf_flash.layout import format_size
 
-    tables = []
+    tables: list[RenderableType] = []
     for name, title in (("predicted", "gate predicted"), ("lookahead", "lookahead, from the layer before")):
         if name not in figures:
             continue
@@ -100,7 +100,8 @@ def _view(figures: dict[str, Any]) -> RenderableType:
     if "threshold" in figures:
         part = figures["threshold"]
         size = format_size(part["n_bytes"])
-        table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
+        tables.append(f"gate threshold: sketches of {part['bits']} bits, {size}; thresholds by sparsity")
+        table = Table(box=None)
         names = list(part["layers"][0])
         for column in names:
             table.add_column(column, justify="left" if column == "layer" else "right")
