@@ -323,7 +323,7 @@ def export(run: Relufier, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def write_model(run: Relufier, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
-    """Model in its original's dtype, tokenizer, relufy.json and the plot, into a folder; gives what relufy.json says."""
+    """Model in its original's dtype, tokenizer, relufy.json and plot into a folder; gives what relufy.json says."""
     args = run.args
     dtype = AutoConfig.from_pretrained(args.model).dtype or torch.float32
     run.student.to(dtype).save_pretrained(folder)
