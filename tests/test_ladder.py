@@ -168,12 +168,12 @@ def test_a_cache_without_window_keeps_nothing(tmp_path: Path) -> None:
     files = write_layers(tmp_path, {"m": (layout, random_bytes((20, layout.row_bytes)))})
     stats, wanted = FlashStats(), np.array([1, 5, 6])
     store = FlashStore(files, ThreadReader())
-    for window, hits in ((5, 3), (0, 0)):
-        cache = NeuronCache(store, store.layers["m"], 10, window, stats)
-        cache.begin(1)
+    for keeps, hits in ((True, 3), (False, 0)):
+        cache = NeuronCache(store, store.layers["m"], 10, 0, stats, keeps=keeps)
+        cache.pass_begins(1)
         cache.fetch(wanted).ticket.wait()
         stats.reset()
-        cache.begin(1)
+        cache.pass_begins(1)
         cache.fetch(wanted)
         assert stats.neurons_hit == hits
     assert stats.cache_bytes == 2 * 3 * layout.row_bytes
