@@ -119,49 +119,72 @@ def quality(folder: Path, source: Path, rows: Any, length: int) -> dict[str, Any
 
 
 def cap_for(folder: Path, gate: str, share: float, length: int) -> tuple[int, float]:
-    """The smallest cap, to 64 KiB, whose plan holds a share of the FFN weights or more; and the share that it holds."""
+    """The smallest cap, to 64 KiB, that holds a share of the FFN or more and every other matrix; the share it holds."""
     from hf_flash.config import FlashConfig
     from hf_flash.preview import look
 
     preview = look(folder, FlashConfig(gate=gate, context=length))
-    held = lambda cap: preview.with_options(memory=cap).plan().parts["FFN cache"] / preview.ffn_bytes  # noqa: E731
-    low, high = preview.smallest_cap, preview.smallest_cap + 2 * preview.ffn_bytes + (64 << 20)
-    if held(low) >= share:
-        return low, held(low)
+    lookups = {matrix.path for matrix in preview.demand.matrices if matrix.lookup}
+
+    def held(cap: int) -> float:
+        plan = preview.with_options(memory=cap).plan()
+        return 0.0 if set(plan.streamed) - lookups else plan.parts["FFN cache"] / preview.ffn_bytes
+
+    low, high = preview.smallest_cap, preview.smallest_cap + 2 * preview.n_bytes + (64 << 20)
     while high - low > 1 << 16:
         middle = (low + high) // 2
         low, high = (low, middle) if held(middle) >= share else (middle, high)
     return high, held(high)
 
 
+def counters_by_layer(model: Any) -> dict[str, Any]:
+    """A set of counters for each FFN, in place of those that the layers share."""
+    from hf_flash.ffn import FlashFFN
+    from hf_flash.stats import FlashStats
+
+    out = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FlashFFN):
+            engine: Any = module.engine
+            engine._stats = engine.cache._stats = out[path] = FlashStats()
+            if engine._step is not None:
+                engine._step._stats = out[path]
+    return out
+
+
 def bytes_read(folder: Path, gate: str, share: float, rows: Any, length: int, lookahead: bool) -> dict[str, Any]:
     """Bytes per token with a cache of a share of the FFN, after the first tokens."""
-    import hf_flash
     from hf_flash import lookahead as ahead
     from hf_flash.gate_file import GateFile
 
     cap, held = cap_for(folder, gate, share, length)
     model = open_flash(folder, gate, cap, length)
+    gates = GateFile(model._hf_flash.gates_file)
     if lookahead:  # always, not only where a token gets faster: its guesses are what is measured
-        gates = GateFile(model._hf_flash.gates_file)
         pairs = [(said["from"], path, gates.predictor(path, lookahead=True)) for path, said in gates.lookahead.items()]
         ahead.install(model, pairs, _Always())
     one_by_one(model, rows[0][: WARM_TOKENS + 1])
-    stats = hf_flash.stats(model)
-    stats.reset()
+    layers = counters_by_layer(model)
     for row in rows:
         one_by_one(model, row)
-    n, ffn = (
-        stats.n_tokens,
-        sum(layer.rows.n_rows * layer.rows.row_bytes for layer in model._hf_flash.store.layers.values()),
-    )
+    n = rows.numel() - len(rows)
+    ffn = sum(layer.rows.n_rows * layer.rows.row_bytes for layer in model._hf_flash.store.layers.values())
+
+    def total(name: str, paths: Any) -> float:
+        return sum(getattr(layers[path], name) for path in paths)
+
+    def in_dram(paths: Any) -> float:
+        found = total("neurons_hit", paths) + (total("neurons_early", paths) if lookahead else 0)
+        return found / max(1, total("neurons_wanted", paths))
+
+    guessed = [path for path in layers if path in gates.lookahead]
     return {
         "gate": gate, "lookahead": lookahead, "asked_share": share, "cache_share": held, "memory": cap,
-        "bytes_per_token": stats.bytes_read / n, "share_read": stats.bytes_read / n / ffn,
-        "hit_rate": stats.neurons_hit / stats.neurons_wanted,
-        "in_dram_when_asked": (stats.neurons_hit + stats.neurons_early) / stats.neurons_wanted,
-        "missing_that_were_read_ahead": stats.neurons_early / max(1, stats.neurons_read),
-        "ms_per_token": 1e3 * (stats.wait_s + stats.compute_s + stats.gate_s) / n,
+        "bytes_per_token": total("bytes_read", layers) / n, "share_read": total("bytes_read", layers) / n / ffn,
+        "wanted_per_token": total("neurons_wanted", layers) / n,
+        "in_dram_before": total("neurons_hit", layers) / total("neurons_wanted", layers),
+        "in_dram_when_asked": in_dram(layers), "in_dram_when_asked_of_guessed_layers": in_dram(guessed),
+        "in_dram_before_of_guessed_layers": total("neurons_hit", guessed) / max(1, total("neurons_wanted", guessed)),
     }  # fmt: skip
 
 
@@ -210,11 +233,11 @@ def main() -> None:
         ways = [("certified", False), ("predicted", False)]
         ways += [(gate, True) for gate, _ in ways] if GateFile(folder / GATES_NAME).lookahead else []
         io = [bytes_read(folder, gate, share, some, args.length, ahead) for share in args.cache for gate, ahead in ways]
-    table = [["cache", "gate", "lookahead", "bytes/token", "of the FFN", "in DRAM before", "in DRAM when asked"]]
+    table = [["cache", "gate", "lookahead", "bytes/token", "of the FFN", "in DRAM when asked", "after the first layer"]]
     table += [
         [f"{r['cache_share']:.0%}", r["gate"], "yes" if r["lookahead"] else "no",
          f"{r['bytes_per_token'] / 1e3:.0f} kB", f"{r['share_read']:.2%}",
-         f"{r['hit_rate']:.1%}", f"{r['in_dram_when_asked']:.1%}"]
+         f"{r['in_dram_when_asked']:.1%}", f"{r['in_dram_when_asked_of_guessed_layers']:.1%}"]
         for r in io
     ]  # fmt: skip
     print(common.table(table))

@@ -26,6 +26,7 @@ import json
 import math
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -309,12 +310,25 @@ class Relufier:
 
 
 def export(run: Relufier, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Write the student in its original's dtype, read it again, measure that, and write the curve beside it."""
-    args, out = run.args, run.args.out
+    """Write the student and its curve beside OUT, read it again and measure that, then move all into OUT."""
+    out = run.args.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}-", dir=out.parent) as name:
+        facts = write_model(run, tokenizer, Path(name))
+        out.mkdir(exist_ok=True)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.name != "relufy.json"):  # it says whose OUT is
+            path.chmod(0o644)  # safetensors writes 0600
+            path.replace(out / path.name)
+    return facts
+
+
+def write_model(run: Relufier, tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any]:
+    """Model in its original's dtype, tokenizer, relufy.json and plot into a folder; gives what relufy.json says."""
+    args = run.args
     dtype = AutoConfig.from_pretrained(args.model).dtype or torch.float32
-    run.student.to(dtype).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    stored = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(args.device).eval()
+    run.student.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(args.device).eval()
     facts = {
         "original": args.model,
         "run": {k: v for k, v in run.run.items() if k != "model"},
@@ -325,8 +339,8 @@ def export(run: Relufier, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "measured": measure(stored, run.teacher, run.held_out, args.batch),
         "curve": run.curve,
     }
-    write(out / "relufy.json", lambda f: f.write((json.dumps(facts, indent=2) + "\n").encode()))
-    plot(facts, out / "relufy.png")
+    write(folder / "relufy.json", lambda f: f.write((json.dumps(facts, indent=2) + "\n").encode()))
+    plot(facts, folder / "relufy.png")
     return facts
 
 

@@ -35,15 +35,16 @@ from hf_flash.corpus import check_text, sequences
 from hf_flash.errors import CheckpointError, DiskFullError, FlashConfigError, MemoryCapError
 from hf_flash.families import get_activation, zero_below
 from hf_flash.fit import MIN_TOKENS, Fitted, Target, fit
-from hf_flash.format import atomic_text
+from hf_flash.format import SOURCE_KEY, atomic_text, read_header
 from hf_flash.gates import Predictor
 from hf_flash.layout import format_size
+from hf_flash.memory import blocks_kept
 from hf_flash.output import copy_side_files, only_writer
 from hf_flash.preview import Preview, look
 from hf_flash.recording import WORK_NAME, Recording, record
 from hf_flash.repack import repack
 from hf_flash.save import link, runtime_of
-from hf_flash.store import GATES_NAME, flash_file_names
+from hf_flash.store import GATES_NAME, INDEX_NAME, flash_file_names
 
 _BATCH_TOKENS, _LENGTH = 2048, 512
 
@@ -159,18 +160,20 @@ def _folder(
             f"{model} is {what}, and calibration writes into a flash checkpoint folder. Give one to write with "
             "--output FOLDER (output=...)."
         )
-    if not is_flash:
-        return target if _is_finished(target) else repack(
-            model, target, trust_remote_code=trust_remote_code, progress=progress
-        )  # fmt: skip
-    if target.resolve() != source.resolve() and not _is_finished(target):
+    if not is_flash:  # an interrupted run's is continued, another checkpoint's refused
+        return repack(model, target, trust_remote_code=trust_remote_code, progress=progress)
+    if target.resolve() == source.resolve():
+        return target
+    if not (target / "config.json").is_file():
         _copy(source, target)
+    elif not (target / INDEX_NAME).is_file() or _origin(target) != _origin(source):
+        raise CheckpointError(f"{target} holds another checkpoint; give a new or an empty folder.")
     return target
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether an interrupted calibration made this folder already; what it is of is checked when it is opened."""
-    return (folder / "config.json").is_file()
+def _origin(folder: Path) -> str | None:
+    """What a flash checkpoint was made from."""
+    return read_header(folder / flash_file_names(folder)[0]).metadata.get(SOURCE_KEY)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -295,7 +298,7 @@ def _train(
     pairs = list(itertools.pairwise(layers)) if ahead is not None else []
     bar = tqdm(total=len(layers) + len(pairs), desc="Training", unit="predictor", disable=not progress,
                bar_format="{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}{postfix}]")  # fmt: skip
-    with bar:
+    with bar, blocks_kept():
         own = {layer: _fitted(recording, work, layer, layer, target, bar) for layer in layers}
         early = {b: (a, _fitted(recording, work, a, b, ahead, bar)) for a, b in pairs if ahead is not None}
     return own, early

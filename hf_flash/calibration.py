@@ -51,9 +51,6 @@ def calibrate(
     ] = False,
     epochs: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Passes over the tokens.")] = 4,
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the training.")] = 0,
-    keep_recording: Annotated[
-        bool, typer.Option("--keep-recording", help="Keep what was recorded, for `hf-flash repack --order FOLDER`.")
-    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +68,6 @@ def calibrate(
     made = train(
         model, text, output, memory=memory, recall=recall, precision=precision, lookahead=lookahead,
         max_tokens=max_tokens, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code,
-        keep_recording=keep_recording,
     )  # fmt: skip
     report(made.to_dict(), _view(made.report), as_json)
     gate = "threshold --sparsity 0.5" if "threshold" in made.report else "predicted"
@@ -85,7 +81,7 @@ def _view(figures: dict[str, Any]) -> RenderableType:
 
     from hf_flash.layout import format_size
 
-    tables = []
+    tables: list[RenderableType] = []
     for name, title in (("predicted", "gate predicted"), ("lookahead", "lookahead, from the layer before")):
         if name not in figures:
             continue
@@ -104,11 +100,12 @@ def _view(figures: dict[str, Any]) -> RenderableType:
     if "threshold" in figures:
         part = figures["threshold"]
         size = format_size(part["n_bytes"])
-        table = Table(title=f"gate threshold, by sparsity; sketches of {part['bits']} bits, {size}", box=None)
+        tables.append(f"gate threshold: sketches of {part['bits']} bits, {size}; thresholds by sparsity")
+        table = Table(box=None)
         names = list(part["layers"][0])
-        for name in names:
-            table.add_column(name, justify="left" if name == "layer" else "right")
+        for column in names:
+            table.add_column(column, justify="left" if column == "layer" else "right")
         for row in part["layers"]:
-            table.add_row(*(str(row[name]) for name in names))
+            table.add_row(*(str(row[column]) for column in names))
         tables.append(table)
     return Group(*tables)

@@ -127,7 +127,7 @@ def rungs_for(preview: Preview, ladder: bool = True) -> tuple[list[Rung], str]:
     """
     if not ladder:
         return [dataclasses.replace(OVERLAP, name="hf_flash")], ""
-    if any(layer.sketches for layer in preview.with_options(gate="auto").demand.layers):
+    if any(layer.gate != "all" for layer in preview.with_options(gate="auto").demand.layers):
         return [NAIVE, HALF, *GATED, OVERLAP], ""
     why = (
         "gate, window and bundling, as every token needs every neuron where the activation is not zero below a "

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE_BYTES = 2 << 20
 
 
@@ -73,6 +73,23 @@ def return_large_blocks() -> None:
     glibc raises that limit to 32 MiB as a program frees such blocks; from then on the scratch of a long prompt stays in
     the heap, in holes that the cap pays for.
     """
+    _mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+@contextlib.contextmanager
+def blocks_kept() -> Iterator[None]:
+    """Let malloc keep what is freed meanwhile: training takes and drops the same large blocks thousands of times."""
+    _mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+    _mallopt(M_TRIM_THRESHOLD, 256 << 20)
+    try:
+        yield
+    finally:
+        return_large_blocks()
+        _mallopt(M_TRIM_THRESHOLD, 128 << 10)  # glibc's own
+        trim_malloc()
+
+
+def _mallopt(name: int, value: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(name, value)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_e2e import ROOMY, load, logits_of
+from tiny_models import TINY
 from transformers import PreTrainedModel
 
 import hf_flash
@@ -136,13 +137,14 @@ def test_arguments_that_cannot_be_are_refused(flash_folder: Path, text: Path, tm
         hf_flash.calibrate(tmp_path / "out", text, **QUICK)
 
 
-def test_a_silu_model_has_nothing_to_predict(text: Path, tmp_path: Path) -> None:
-    from tiny_models import TINY
-
-    TINY["llama"]().save_pretrained(tmp_path / "stock")
-    folder = hf_flash.repack(tmp_path / "stock", tmp_path / "flash", progress=False)
-    with pytest.raises(FlashConfigError, match="SiLU"):
-        hf_flash.calibrate(folder, text, **QUICK)
+def test_another_checkpoint_is_not_written_into(calibrated: Path, shipped: Path, text: Path, tmp_path: Path) -> None:
+    TINY["opt"]().save_pretrained(tmp_path / "stock")
+    other = hf_flash.repack(tmp_path / "stock", tmp_path / "other", progress=False)
+    before = (other / "config.json").read_bytes()
+    for model in (calibrated, shipped):
+        with pytest.raises(CheckpointError, match="holds another checkpoint"):
+            hf_flash.calibrate(model, text, other, **QUICK)
+    assert (other / "config.json").read_bytes() == before
 
 
 def test_the_model_is_run_under_the_cap(flash_folder: Path, text: Path, tmp_path: Path, monkeypatch: Any) -> None:

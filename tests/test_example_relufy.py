@@ -68,7 +68,7 @@ def facts_of(out: Path) -> dict[str, Any]:
 def test_distillation_lowers_the_kl(relufy: Any, stock: Path, text: Path, tmp_path: Path) -> None:
     """As a user runs it: a stock folder with ReLU comes out, nearer to the original than the bare swap, and repacks."""
     out = tmp_path / "relu"
-    relufy.main(command(stock, out, text, hidden_weight=0.5))
+    relufy.main(command(stock, out, text, hidden_weight=0.5, lr=3e-4))
     facts = facts_of(out)
     assert [point["tokens"] for point in facts["curve"]] == [0, 320, 640, 960]
     assert 0 < facts["measured"]["kl"] < 0.7 * facts["curve"][0]["kl"]

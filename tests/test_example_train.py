@@ -166,7 +166,7 @@ def test_a_grown_model_begins_as_the_small_one(example, text: Path, tmp_path: Pa
         ("--seq=32", "--grow has --seq 16"),
     ):
         with pytest.raises(SystemExit, match=message):
-            train.main(command(text, tmp_path / "wrong", *large, wrong))
+            train.main(command(text, tmp_path / f"wrong{wrong}", *large, wrong))
 
 
 def test_penalty_raises_zeros(example, text: Path, tmp_path: Path) -> None:

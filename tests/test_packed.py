@@ -141,7 +141,7 @@ def test_no_weight_has_a_common_exponent(way: str, tmp_path: Path) -> None:
 def packing_plan() -> Iterator[None]:
     """Models loaded in this block get the largest plan that is too small to keep everything as it is."""
 
-    def largest(demand: Demand, memory: int) -> Plan:
+    def largest(demand: Demand, memory: int, residents: bool = True) -> Plan:
         low, high = 0, 1 << 32
         while high - low > 1:
             middle = (low + high) // 2

@@ -1,12 +1,13 @@
 """Gate `threshold`: what it computes, against a stock model whose activation is cut, and how thresholds are set."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_e2e import greedy, load, logits_of
+from helpers_e2e import greedy, load, logits_of, tightest_plan
 from helpers_hub import VOCAB, save_stock, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -178,19 +179,18 @@ def reference(dense: PreTrainedModel, folder: Path, sparsity: float) -> PreTrain
     return cut
 
 
-@pytest.mark.parametrize("memory", ["1GiB", "26MiB"], ids=["roomy", "tight"])
+@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
 def test_it_computes_the_cut_model(
-    way: str, calibrated: tuple[Path, PreTrainedModel], sparsity: float, memory: str, monkeypatch: pytest.MonkeyPatch
+    way: str, calibrated: tuple[Path, PreTrainedModel], sparsity: float, tight: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exactly so where the sketch misses nothing: here it is the matrix itself, to 8 bits plus what it cannot say."""
+    """With a gate that misses nothing, which here wants every neuron: what was read in vain must add nothing."""
     folder, dense = calibrated
     monkeypatch.setattr(ThresholdGate, "_scan", _all_wanted)
     monkeypatch.setattr(ThresholdGate, "_blocks", _all_blocks)
-    flash, cut = (
-        load(folder, memory, gate="threshold", sparsity=sparsity, context=64),
-        reference(dense, folder, sparsity),
-    )
+    with tightest_plan() if tight else contextlib.nullcontext():
+        flash = load(folder, gate="threshold", sparsity=sparsity, context=64)
+    cut = reference(dense, folder, sparsity)
     want, tolerance = logits_of(cut, input_ids=IDS), 2e-5 if dense.dtype == torch.float32 else 3e-2
     torch.testing.assert_close(logits_of(flash, input_ids=IDS), want, atol=tolerance, rtol=tolerance)
     plain = logits_of(dense, input_ids=IDS)
@@ -215,7 +215,7 @@ def test_the_sketch_decides_what_is_read_and_misses_little(way: str, calibrated:
     flash, cut = load(folder, gate="threshold", sparsity=0.6), reference(dense, folder, 0.6)
     error = (logits_of(flash, input_ids=IDS).float() - logits_of(cut, input_ids=IDS).float()).norm()
     change = (logits_of(dense, input_ids=IDS).float() - logits_of(cut, input_ids=IDS).float()).norm()
-    assert error < 0.1 * change
+    assert error < 0.25 * change
     stats = hf_flash.stats(flash)
     stats.reset()
     logits_of(flash, input_ids=IDS[:1, :1])
@@ -232,7 +232,7 @@ def test_gradients_are_those_of_the_cut_model(calibrated: tuple[Path, PreTrained
         embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
         model(inputs_embeds=embedded, labels=IDS).loss.backward()
         grads.append(embedded.grad.float())
-    assert (grads[0] - grads[1]).norm() < 0.1 * grads[1].norm()
+    assert (grads[0] - grads[1]).norm() < 0.25 * grads[1].norm()
 
 
 def test_it_is_never_chosen_unasked(calibrated: tuple[Path, PreTrainedModel]) -> None:
@@ -266,7 +266,7 @@ def test_what_it_cannot_do_is_said(flash_folder: Path, tmp_path: Path) -> None:
     for folder in (stock, flash):
         with pytest.raises(FlashConfigError, match=r"no threshold for .* `hf-flash calibrate FOLDER --text FILE`"):
             load(folder, gate="threshold")
-    with pytest.raises(FlashConfigError, match="has to be asked for by name"):
+    with pytest.raises(FlashConfigError, match="to be asked for by name"):
         load(flash, sparsity=0.5)
     for options in ({"sparsity": 1.0}, {"sparsity": "half"}, {"sparsity": 0.5, "gate": "all"}):
         with pytest.raises(FlashConfigError, match="sparsity="):
