@@ -51,6 +51,9 @@ def calibrate(
     ] = False,
     epochs: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Passes over the tokens.")] = 4,
     seed: Annotated[int, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the training.")] = 0,
+    keep_recording: Annotated[
+        bool, typer.Option("--keep-recording", help="Keep what was recorded, for `hf-flash repack --order FOLDER`.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +71,7 @@ def calibrate(
     made = train(
         model, text, output, memory=memory, recall=recall, precision=precision, lookahead=lookahead,
         max_tokens=max_tokens, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code,
+        keep_recording=keep_recording,
     )  # fmt: skip
     report(made.to_dict(), _view(made.report), as_json)
     gate = "threshold --sparsity 0.5" if "threshold" in made.report else "predicted"
