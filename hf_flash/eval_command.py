@@ -92,8 +92,8 @@ def evaluate(
     """Measure what a gate costs in quality: perplexity and accuracy, the dense model beside the flash one.
 
     A text is scored in passes of --window tokens, each token once; choices by the sum of their tokens'
-    log-probabilities and, as a second figure, per character. lm-evaluation-harness does the same. One model is in
-    memory at a time. After Ctrl-C the table shows what was measured until then, and says so.
+    log-probabilities and, as a second figure, per character, as lm-evaluation-harness does. One model is in memory at
+    a time. After Ctrl-C the table shows what was measured until then, and says so.
     """
     quiet()
     from hf_flash.evaluate import Evaluation

@@ -1,10 +1,10 @@
 """Measuring a causal language model: a text's perplexity, answers to questions, one token at a time.
 
-Scored as lm-evaluation-harness does, so that figures can be compared with others':
+Questions are scored as lm-evaluation-harness does, so that figures can be compared with others':
 
 - A text becomes tokens, behind the tokenizer's first token (BOS, else EOS). A pass sees `window` of them and predicts
   each next one; the next pass starts `stride` later and is scored on what is new in it. With stride = window (the
-  default, and `loglikelihood_rolling` there) every token is predicted once, with up to `window` tokens before it.
+  default) every token is predicted once, with up to `window` tokens before it.
 - A choice's score is the sum of its tokens' log-probabilities behind the context; `acc` takes the highest, `acc_norm`
   the highest per character. A last word is right if each of its tokens is the likeliest.
 """
