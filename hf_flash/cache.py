@@ -98,7 +98,7 @@ class NeuronCache:
         self._owned[: self.n_slots] = np.arange(first, first + self.n_slots)
         self._stats.add(cache_bytes=-self.n_used * row_bytes)
         self.n_used = 0
-        self.window = Window(self.layer.n_neurons, self._window or 0)
+        self.window = Window(self.layer.n_neurons, self._window)
 
     def books(self) -> tuple[IntArray, IntArray, IntArray]:
         """Slot of each neuron [n_neurons] and neuron in each slot, -1 for none; slots owned: for the native step."""

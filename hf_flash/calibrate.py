@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_flash import card, gate_file, hub, quantizer, thresholds
+from hf_flash import card, gate_file, hub, thresholds
 from hf_flash.checkpoint import WEIGHTS_INDEX, load_json
 from hf_flash.config import QUANT_METHOD, FlashConfig
 from hf_flash.corpus import check_text, sequences
@@ -44,7 +44,9 @@ from hf_flash.preview import Preview, look
 from hf_flash.recording import WORK_NAME, Recording, record
 from hf_flash.repack import repack
 from hf_flash.save import link, runtime_of
+from hf_flash.session import load_tokenizer, open_model
 from hf_flash.store import GATES_NAME, INDEX_NAME, flash_file_names
+from hf_flash.tap import watched_blocks
 
 _BATCH_TOKENS, _LENGTH = 2048, 512
 
@@ -135,7 +137,8 @@ def calibrate(
         whispering = _never_silent(preview)
         ids = _token_ids(folder, text, preview, max_tokens, trust_remote_code)
         if whispering:
-            findings = _thresholds(_open(preview, trust_remote_code), ids.split(preview.config.batch_size), progress)
+            opened = open_model(preview, trust_remote_code=trust_remote_code)
+            findings = _thresholds(opened, ids.split(preview.config.batch_size), progress)
         else:
             work = _work(folder, preview, digest, ids)
             recording = _record(preview, ids, work, trust_remote_code, progress)
@@ -224,13 +227,7 @@ def _never_silent(preview: Preview) -> bool:
 
 
 def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{folder} has no tokenizer that could be read ({why}). Put the model's there."
-        ) from error
+    tokenizer = load_tokenizer(str(folder), instead="Put the model's there.", trust_remote_code=trust_remote_code)
     assert preview.config.context is not None
     ids = sequences(text, tokenizer, preview.config.context, max_tokens)
     if ids.numel() < MIN_TOKENS:
@@ -260,8 +257,8 @@ def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:
 
 
 def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: bool, progress: bool) -> Recording:
-    batches = list(ids.split(preview.config.batch_size))
-    return record(_open(preview, trust_remote_code), batches, work / "recording", progress=progress)
+    model = open_model(preview, trust_remote_code=trust_remote_code)
+    return record(model, list(ids.split(preview.config.batch_size)), work / "recording", progress=progress)
 
 
 def _thresholds(model: PreTrainedModel, batches: Sequence[torch.Tensor], progress: bool) -> Findings:
@@ -271,23 +268,11 @@ def _thresholds(model: PreTrainedModel, batches: Sequence[torch.Tensor], progres
     return Findings(
         {f"{path}.thresholds": table for path, table in levels.items()},
         {
-            gate_file.GATES_KEY: thresholds.kinds(model, bits),
+            gate_file.GATES_KEY: gate_file.sketch_kinds(watched_blocks(model), bits),
             gate_file.THRESHOLDS_KEY: {path: {"levels": len(table)} for path, table in levels.items()},
         },
         {"threshold": thresholds.report(model, levels, bits)}, later=thresholds.sketches(model, bits, progress),
     )  # fmt: skip
-
-
-def _open(preview: Preview, trust_remote_code: bool) -> PreTrainedModel:
-    """The model on flash."""
-    quantizer.register()
-    encoder = preview.skeleton.config.is_encoder_decoder
-    auto: Any = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(
-        preview.name, quantization_config=preview.config, dtype=preview.skeleton.dtype,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    return model
 
 
 def _train(

@@ -120,7 +120,7 @@ class Evaluation:
         names = [task.name for task in self._tasks]
         if len(set(names)) < len(names):
             raise FlashConfigError(f"Two files of questions have one name ({', '.join(names)}): rename one.")
-        self._loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self._progress, self._decode = progress, decode
         first = look(model, FlashConfig(memory), dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
         window = _window(first, window)

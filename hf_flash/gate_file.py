@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from hf_flash.families import FFNBlock
 from hf_flash.format import ORDER_KEY, SOURCE_KEY, VERSION_KEY, TensorFile, TensorFileWriter, TensorSpec, read_header
 from hf_flash.gates import Predictor, Sketch
-from hf_flash.gates.certified import SKETCH_KIND
+from hf_flash.gates.certified import SKETCH_KIND, sketch_tensors
 from hf_flash.gates.predicted import TENSORS
 from hf_flash.store import DTYPE_NAMES, read_checked
 
@@ -75,6 +76,20 @@ class GateFile:
 def _json(file: TensorFile, key: str) -> dict[str, Any]:
     out: dict[str, Any] = json.loads(file.metadata.get(key, "{}"))
     return out
+
+
+def sketch_specs(blocks: Iterable[FFNBlock], bits: int) -> list[TensorSpec]:
+    """The tensors that sketches of some FFNs will be."""
+    return [
+        TensorSpec(f"{block.path}.sketch.{name}", *spec)
+        for block in blocks
+        for name, spec in sketch_tensors(block.d_ffn, block.d_model, bits).items()
+    ]
+
+
+def sketch_kinds(blocks: Iterable[FFNBlock], bits: int) -> dict[str, dict[str, Any]]:
+    """What the header says of them, under GATES_KEY."""
+    return {block.path: {"kind": SKETCH_KIND, "bits": bits, "d_model": block.d_model} for block in blocks}
 
 
 @dataclasses.dataclass(frozen=True)

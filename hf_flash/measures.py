@@ -253,7 +253,7 @@ def decode(model: Any, ids: torch.Tensor, n_prompt: int, stats: FlashStats | Non
     """
     tail = {"logits_to_keep": 1} if Scorer(model).in_pieces else {}
     out = model(input_ids=ids[None, :n_prompt], use_cache=True, **tail)
-    before = _counters(stats)
+    before = {} if stats is None else stats.counters()
     nats, n = 0.0, len(ids) - n_prompt - 1
     for i in range(n_prompt, n_prompt + n):
         out = model(input_ids=ids[None, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
@@ -262,15 +262,10 @@ def decode(model: Any, ids: torch.Tensor, n_prompt: int, stats: FlashStats | Non
     perplexity = math.exp(-nats / n)
     if stats is None:
         return Decoding(n, perplexity, None, None)
-    counts = {name: value - before[name] for name, value in _counters(stats).items()}
+    counts = {name: value - before[name] for name, value in stats.counters().items()}
     gated = [m for m in model.modules() if isinstance(m, FlashFFN) and isinstance(m.engine, SparseEngine)]
     n_neurons = sum(ffn.block.d_ffn for ffn in gated)
     return Decoding(n, perplexity, counts, counts["neurons_wanted"] / n / n_neurons if n_neurons else None)
-
-
-def _counters(stats: FlashStats | None) -> dict[str, Any]:
-    found = {} if stats is None else dataclasses.asdict(stats)
-    return {name: value for name, value in found.items() if name not in ("plan", "cache_bytes")}
 
 
 def tokens_of(path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> Text:

@@ -44,8 +44,8 @@ from hf_flash.format import (
     explain_full_disk,
     read_header,
 )
-from hf_flash.gate_file import GATES_KEY, GateFile
-from hf_flash.gates.certified import SKETCH_KIND, Sketch, sketch_tensors
+from hf_flash.gate_file import GATES_KEY, GateFile, sketch_kinds, sketch_specs
+from hf_flash.gates.certified import Sketch
 from hf_flash.layout import BundleLayout, parse_size
 from hf_flash.memory import return_large_blocks
 from hf_flash.order import orders_of
@@ -514,12 +514,8 @@ def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Ite
     if not blocks or _is_complete(output / GATES_NAME, identity):
         yield None
         return
-    specs = []
-    for block in blocks:
-        tensors = sketch_tensors(block.d_ffn, block.d_model, bits).items()
-        specs += [TensorSpec(f"{block.path}.sketch.{name}", *spec) for name, spec in tensors]
-    kinds = {b.path: {"kind": SKETCH_KIND, "bits": bits, "d_model": b.d_model} for b in blocks}
-    metadata = {GATES_KEY: json.dumps(kinds), SOURCE_KEY: identity, **order_metadata(source)}
+    specs = sketch_specs(blocks, bits)
+    metadata = {GATES_KEY: json.dumps(sketch_kinds(blocks, bits)), SOURCE_KEY: identity, **order_metadata(source)}
     with contextlib.closing(TensorFileWriter(output / GATES_NAME, specs, metadata, identity=identity)) as writer:
         yield writer
 

@@ -178,8 +178,7 @@ class _Meter(TextStreamer):
         self._marks = [self._mark()] * 3  # at the start, at the first new token, at the last
 
     def _mark(self) -> tuple[float, dict[str, Any]]:
-        counters = {k: v for k, v in dataclasses.asdict(self._stats).items() if k not in ("plan", "cache_bytes")}
-        return time.monotonic(), counters
+        return time.monotonic(), self._stats.counters()
 
     def put(self, value: torch.Tensor) -> None:
         """Take a prompt or a token from generate()."""
@@ -201,11 +200,14 @@ class _Meter(TextStreamer):
         return prompt, Phase(max(0, len(self.tokens) - 1), t2 - t1, {k: c[k] - b[k] for k in a})
 
 
-def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, instead: str = "Give another's with --tokenizer FOLDER_OR_REPO.", **kwargs: Any
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Args:
         name: folder or Hub repo.
+        instead: what to do where there is none, for the error.
         kwargs: of from_pretrained: revision, trust_remote_code.
 
     Raises:
@@ -215,9 +217,7 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name} has no tokenizer that could be read ({why}). Give another's with --tokenizer FOLDER_OR_REPO."
-        ) from error
+        raise CheckpointError(f"{name} has no tokenizer that could be read ({why}). {instead}") from error
 
 
 def encode(

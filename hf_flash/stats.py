@@ -10,6 +10,8 @@ import dataclasses
 import threading
 from typing import Any
 
+_STATE = ("cache_bytes", "plan")  # fields that say what is, not what was done
+
 
 @dataclasses.dataclass
 class FlashStats:
@@ -59,9 +61,13 @@ class FlashStats:
     def reset(self) -> None:
         """Set every counter but `cache_bytes` and `plan` back to zero."""
         with self._lock:
-            for field in dataclasses.fields(self):
-                if field.name not in ("cache_bytes", "plan"):
-                    setattr(self, field.name, type(getattr(self, field.name))(0))
+            for name, value in self.counters().items():
+                setattr(self, name, type(value)(0))
+
+    def counters(self) -> dict[str, Any]:
+        """What only grows until `reset`, by name: the difference of two is what was done between them."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _STATE]
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, ready for JSON, with the ratios people ask for added."""

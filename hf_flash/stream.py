@@ -135,8 +135,9 @@ class Stream:
                 pending.ticket.wait()
                 if self._overlap:
                     self._refill()  # a device that shares its time ends all reads at once: it goes on at once, too
-                for other in () if self._overlap else self._pending:
-                    other.ticket.settle()
+                else:
+                    for other in self._pending:
+                        other.ticket.settle()
                 self._stats.add(wait_s=time.perf_counter() - t0)
                 if trace.active is not None:
                     trace.active.add(trace.WAIT, t0, time.perf_counter())

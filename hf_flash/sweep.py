@@ -93,25 +93,22 @@ class SweepEngine(Engine):
         shape = (layout.d_out, n) if column_major else (n, layout.d_out)
         down = self._work.get("down", shape, x.dtype)
         h = x.new_empty(*x.shape[:-1], n)
-        pins = self._start_pinning()
-        t0, waited = time.perf_counter(), self._stats.wait_s
-        with self._chunks(pins) as chunks:
-            for neurons, rows in chunks:
-                t1 = time.perf_counter()
-                to = down[:, neurons].t() if column_major else down[neurons]
-                gate, up = self._split(neurons, rows, to)
-                h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
-                if trace.active is not None:
-                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
-        t1 = time.perf_counter()
-        if column_major:
-            y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
-        else:
-            y = ops.project(h, down, biases.down)
-        if trace.active is not None:
-            trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
-        self._finish_pinning(pins)
-        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        with self._timed():
+            with self._pinning() as chunks:
+                for neurons, rows in chunks:
+                    t1 = time.perf_counter()
+                    to = down[:, neurons].t() if column_major else down[neurons]
+                    gate, up = self._split(neurons, rows, to)
+                    h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
+                    if trace.active is not None:
+                        trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+            t1 = time.perf_counter()
+            if column_major:
+                y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
+            else:
+                y = ops.project(h, down, biases.down)
+            if trace.active is not None:
+                trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
         return y
 
     def _code(self, x: torch.Tensor, act: ops.Activation) -> tuple[int, float] | None:
@@ -131,16 +128,12 @@ class SweepEngine(Engine):
         assert packing is not None
         biases = ops.Biases(*(b if b is None else b.to(x.dtype).contiguous() for b in biases))
         total = ordered.Sum(x.reshape(-1).contiguous(), table, layout.d_out, layout.gated, biases, n)
-        pins = self._start_pinning()
-        t0, waited = time.perf_counter(), self._stats.wait_s
-        with self._chunks(pins, whole=True) as chunks:
+        with self._timed(), self._pinning(whole=True) as chunks:
             for neurons, rows in chunks:
                 t1 = time.perf_counter()
                 total.add(neurons, rows, packing.rows(neurons.start, neurons.stop), neurons.stop == n)
                 if trace.active is not None:
                     trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path, native=True)
-        self._finish_pinning(pins)
-        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         return total.out.view(*x.shape[:-1], layout.d_out)
 
     def _few_tokens(self, x: torch.Tensor, code: tuple[int, float], biases: ops.Biases) -> torch.Tensor:
@@ -149,16 +142,12 @@ class SweepEngine(Engine):
         y = torch.zeros(flat.shape[0], layout.d_out, dtype=torch.float32, device="cpu")
         packing = self.layer.packing
         assert packing is not None
-        pins = self._start_pinning()
-        t0, waited = time.perf_counter(), self._stats.wait_s
-        with self._chunks(pins, whole=True) as chunks:
+        with self._timed(), self._pinning(whole=True) as chunks:
             for neurons, rows in chunks:
                 up, gate = biases.part(neurons)
                 slots = self._numbers[: rows.shape[0]]
                 some = packing.rows(neurons.start, neurons.stop)
                 y += sparse_ffn(flat, rows, slots, slots, some, layout.gated, code, gate, up)[0]
-        self._finish_pinning(pins)
-        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         y = y if biases.down is None else y + biases.down
         return y.to(x.dtype).view(*x.shape[:-1], layout.d_out)
 
@@ -192,6 +181,21 @@ class SweepEngine(Engine):
 
     def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
         return self._work.get("unpacked", (n, row_bytes), torch.uint8)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count what a sweep takes but for its waits."""
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        yield
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+
+    @contextlib.contextmanager
+    def _pinning(self, whole: bool = False) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
+        """`_chunks` for a sweep to its end, after which what is to stay in DRAM is there."""
+        pins = self._start_pinning()
+        with self._chunks(pins, whole) as chunks:
+            yield chunks
+        self._finish_pinning(pins)
 
     @contextlib.contextmanager
     def _chunks(

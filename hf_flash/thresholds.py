@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from hf_flash.errors import FlashError
 from hf_flash.ffn import FlashFFN
-from hf_flash.format import TensorSpec
-from hf_flash.gate_file import Later
+from hf_flash.gate_file import Later, sketch_specs
 from hf_flash.gates import Sketch
-from hf_flash.gates.certified import SKETCH_KIND, sketch_bytes, sketch_tensors
+from hf_flash.gates.certified import sketch_bytes
 from hf_flash.gates.threshold import threshold_at
 from hf_flash.tap import tap
 
@@ -89,10 +88,6 @@ def sketches(model: PreTrainedModel, bits: int, progress: bool = True) -> Later:
         progress: show a bar.
     """
     ffns = [module for module in model.modules() if isinstance(module, FlashFFN)]
-    specs = [
-        TensorSpec(f"{ffn.block.path}.sketch.{name}", *spec)
-        for ffn in ffns for name, spec in sketch_tensors(ffn.block.d_ffn, ffn.block.d_model, bits).items()
-    ]  # fmt: skip
 
     def made() -> Iterator[tuple[str, torch.Tensor]]:
         for ffn in tqdm(ffns, desc="Sketches", unit="layer", disable=not progress):
@@ -100,7 +95,7 @@ def sketches(model: PreTrainedModel, bits: int, progress: bool = True) -> Later:
             for name, tensor in sketch.tensors().items():
                 yield f"{ffn.block.path}.sketch.{name}", tensor
 
-    return Later(specs, made())
+    return Later(sketch_specs([ffn.block for ffn in ffns], bits), made())
 
 
 def _deciding_rows(ffn: FlashFFN) -> torch.Tensor:
@@ -114,12 +109,6 @@ def _deciding_rows(ffn: FlashFFN) -> torch.Tensor:
             out[neurons] = rows
     assert out is not None
     return out
-
-
-def kinds(model: PreTrainedModel, bits: int) -> dict[str, dict[str, Any]]:
-    """What the header of gates.safetensors says of the sketches, by module path."""
-    blocks = [module.block for module in model.modules() if isinstance(module, FlashFFN)]
-    return {b.path: {"kind": SKETCH_KIND, "bits": bits, "d_model": b.d_model} for b in blocks}
 
 
 def report(model: PreTrainedModel, levels: dict[str, torch.Tensor], bits: int) -> dict[str, Any]:

@@ -20,8 +20,8 @@ a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  stream
 an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order
 a model          attach  repack  save
-what users call  preview  thresholds  quantizer  patch  verify  contents  profile  calibrate  measures
-sessions         session  serve  demo  ladder  show  show_speed  evaluate  show_eval
+what users call  preview  thresholds  quantizer  patch  verify  contents  profile  measures
+sessions         session  calibrate  serve  demo  ladder  show  show_speed  evaluate  show_eval
 programs         options  terminal
 commands         doctor  bench  calibration  eval_command  cli  __init__  __main__
 """

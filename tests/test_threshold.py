@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import hf_flash
-from hf_flash import native, thresholds
+from hf_flash import gate_file, native, thresholds
 from hf_flash.errors import FlashConfigError, FlashError
 from hf_flash.families import find_blocks, get_activation
 from hf_flash.ffn import FlashFFN
@@ -23,6 +23,7 @@ from hf_flash.gate_file import GATES_KEY, THRESHOLDS_KEY, GateFile, rewrite
 from hf_flash.gates import Sketch, Thresholded, ThresholdGate
 from hf_flash.gates.threshold import crossings, threshold_at
 from hf_flash.store import GATES_NAME, flash_file_names
+from hf_flash.tap import watched_blocks
 
 WAYS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
 IDS = torch.arange(3, 43).view(2, 20)
@@ -162,7 +163,10 @@ def add_thresholds(folder: Path) -> None:
     rewrite(
         folder / GATES_NAME,
         {f"{path}.thresholds": table for path, table in levels.items()},
-        {GATES_KEY: thresholds.kinds(model, 8), THRESHOLDS_KEY: {path: {"levels": 99} for path in levels}},
+        {
+            GATES_KEY: gate_file.sketch_kinds(watched_blocks(model), 8),
+            THRESHOLDS_KEY: {path: {"levels": 99} for path in levels},
+        },
         folder / flash_file_names(folder)[0],
         later=thresholds.sketches(model, 8, progress=False),
     )
