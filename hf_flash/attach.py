@@ -30,8 +30,10 @@ from hf_flash.ffn import FlashFFN
 from hf_flash.format import ORDER_KEY, SOURCE_KEY, read_header
 from hf_flash.gate_file import GATES_KEY, PREDICTORS_KEY, GateFile
 from hf_flash.gates import CertifiedGate, Gate, PredictedGate, ThresholdGate
-from hf_flash.gates.certified import BLOCK_NEURONS, GATE_TOKENS, sketch_bytes
-from hf_flash.gates.predicted import predictor_bytes, scratch_bytes
+from hf_flash.gates.certified import scratch_bytes as certified_scratch_bytes
+from hf_flash.gates.certified import sketch_bytes
+from hf_flash.gates.predicted import predictor_bytes
+from hf_flash.gates.predicted import scratch_bytes as predicted_scratch_bytes
 from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
@@ -233,7 +235,7 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
     predicted = config.gate == "predicted"
     stored = range(4, geometry.sketch_bits + 1) if certified or thresholded else ()
     scratch = {
-        "certified": GATE_TOKENS * n * 4 * 6 + BLOCK_NEURONS * layout.d_model * 8, "predicted": scratch_bytes(n),
+        "certified": certified_scratch_bytes(n, layout.d_model), "predicted": predicted_scratch_bytes(n),
         "threshold": threshold_scratch_bytes(layout.d_model),
     }  # fmt: skip
     kind = config.gate if predicted or thresholded else "certified"
@@ -408,7 +410,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime)
                 cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps)
-                batch = max(1, plan.chunk_bytes // layer.layout.row_bytes)
+                batch = max(1, plan.batch_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True

@@ -119,7 +119,7 @@ class Plan:
         unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
         bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what other
             layers read depends on the text.
-        chunk_bytes, n_buffers, batch_rows, max_tokens: sizes of the stream and the scratch.
+        chunk_bytes, n_buffers, batch_bytes, max_tokens: sizes of the stream and the scratch.
     """
 
     memory: int
@@ -134,6 +134,7 @@ class Plan:
     bytes_per_token: int
     chunk_bytes: int
     n_buffers: int
+    batch_bytes: int
     max_tokens: int
     context: int
     batch_size: int
@@ -203,7 +204,7 @@ def _divide(demand: Demand, memory: int, chunk: int, residents: bool = True) -> 
         "tokenizer": demand.tokenizer_bytes,
         "runtime": RUNTIME_BYTES,
         "gates": 0,
-        "batches": _batch_bytes(demand, sparse, chunk),
+        "batches": _scratch_bytes(demand, sparse, chunk, memory),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
     }
     spare = memory - sum(parts.values())
@@ -271,13 +272,21 @@ def _cache_floor(sparse: Sequence[Layer]) -> int:
     return sum(max(1, layer.n_neurons // 50) * layer.row_bytes for layer in sparse)
 
 
-def _batch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int) -> int:
+def _batch_bytes(memory: int, chunk: int) -> int:
+    """Bundles that a prompt computes on at a time where a gate chose them: what they take is lost to the cache."""
+    return max(MIN_CHUNK_BYTES, min(chunk, memory // 2048))
+
+
+def _scratch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int, memory: int) -> int:
     """Gathered rows, two sweep buffers, their float32 copies, the gate's scores; and rows that are unpacked."""
-    unpacked = 2 * chunk if any(layer.packed for layer in demand.layers) else 0
+    packed = any(layer.packed for layer in demand.layers)
+    unpacked = 2 * chunk if packed and len(sparse) < len(demand.layers) else 0
     if not sparse:
         return unpacked
+    batch = _batch_bytes(memory, chunk)
     books = sum(layer.n_neurons * BOOKS_BYTES for layer in sparse)
-    return 3 * chunk + 4 * chunk + unpacked + books + max(layer.gate_scratch_bytes for layer in sparse)
+    batches = 7 * batch + max(unpacked, 2 * batch if packed else 0)
+    return batches + books + max(layer.gate_scratch_bytes for layer in sparse)
 
 
 def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
@@ -310,8 +319,8 @@ def _finish(
         gates={layer.path: layer.gate for layer in demand.layers},
         pinned_rows=pinned, slots=slots, gate_bits=bits, streamed=[m.path for m in choice.streamed],
         packed=[m.path for m in choice.packed], unpacked=choice.unpacked, bytes_per_token=read,
-        chunk_bytes=chunk, n_buffers=N_BUFFERS, max_tokens=demand.max_tokens, context=demand.context,
-        batch_size=demand.batch_size,
+        chunk_bytes=chunk, n_buffers=N_BUFFERS, batch_bytes=_batch_bytes(memory, chunk),
+        max_tokens=demand.max_tokens, context=demand.context, batch_size=demand.batch_size,
     )  # fmt: skip
 
 

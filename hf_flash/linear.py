@@ -18,7 +18,7 @@ from torch import nn
 from hf_flash import native, ordered
 from hf_flash.memory import aligned_empty, view_bytes
 from hf_flash.ops import autocast_input
-from hf_flash.packing import Packing, choose_base, count_exponents, matvec, pack, packed_bytes, unpack
+from hf_flash.packing import Packing, choose_base, count_exponents, linear, pack, packed_bytes, unpack
 from hf_flash.readers import Read, Reader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
@@ -126,12 +126,11 @@ class PackedLinear(OnFlashLinear):
             bias = None if self.bias is None else self.bias.detach()
             out = ordered.matvec(x.reshape(-1).contiguous(), self.rows, self.packing, bias)
             return out.view(*x.shape[:-1], self.out_features)
-        if self._exact or n_tokens > native.MAX_TOKENS or not native.available():
+        if self._exact or n_tokens > native.MAX_TOKENS or x.dtype not in native.CODES or not native.available():
             return super().compute(x)
-        y = matvec(x.reshape(n_tokens, self.in_features), self.rows, self.packing)
-        if self.bias is not None:
-            y = y.to(x.dtype) + self.bias.to(x.dtype) if x.dtype == torch.float32 else y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = linear(x.reshape(n_tokens, self.in_features), self.rows, self.packing, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _can_order(self, x: torch.Tensor) -> bool:
         """Whether the ordered kernel gives torch's bits for this input."""

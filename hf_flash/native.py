@@ -52,7 +52,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I
     lib.hf_flash_gate.argtypes = [
-        _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _F, _F, _F, _F, _P, _P,
+        _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _F, _F, _F, _F, _P, _P, _P, _P,
     ]  # fmt: skip
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
@@ -69,8 +69,8 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_exponents.argtypes = [_P, _I, _P]
     lib.hf_flash_unpack.restype = None
     lib.hf_flash_unpack.argtypes = [_P, _I, _P, _P, _I, _I, _N, _P, _P, _I, _I, _P, _I]
-    lib.hf_flash_packed_matvec.restype = None
-    lib.hf_flash_packed_matvec.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _I, _P]
+    lib.hf_flash_packed_linear.restype = None
+    lib.hf_flash_packed_linear.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _P, _I, _N, _P]
     lib.hf_flash_packed_ffn.restype = _I
     lib.hf_flash_packed_ffn.argtypes = [
         _P, _I, _I, _I, _P, _I, _P, _P, _I, _P, _P, _N, _N, _P, _P, _N, _N, _F, _P,
@@ -90,7 +90,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_ring_submit.restype = _P
     lib.hf_flash_ring_submit.argtypes = [_P, _I, _P, _P, _P, _P, _P, _P]
     lib.hf_flash_ring_submit_rows.restype = _P
-    lib.hf_flash_ring_submit_rows.argtypes = [_P, _N, _I, _I, _P, _I, _P, _P, _I, _I, _P, _P, _P]
+    lib.hf_flash_ring_submit_rows.argtypes = [_P, _P, _N, _I, _I, _P, _I, _P, _P, _I, _I, _P, _P, _P]
     lib.hf_flash_batch_wait.restype = _N
     lib.hf_flash_batch_wait.argtypes = [_P, _P]
     lib.hf_flash_batch_ready.restype = _N
@@ -195,7 +195,7 @@ def sparse_ffn(
 
 
 def gate(
-    x: torch.Tensor, sketch: Any, offset: torch.Tensor, bias: torch.Tensor | None, log_term: float | None,
+    x: torch.Tensor, sketch: Any, offset: torch.Tensor, bias: torch.Tensor | None, tail: float | None,
     gamma: float, per_norm: float, tiny: float, unit: float, threshold: float, judged: tuple[float, float],
 ) -> tuple[IntArray, torch.Tensor]:  # fmt: skip
     """Which neurons cannot be proved silent. Reference: `CertifiedGate.upper`, which has the same quantities.
@@ -204,10 +204,10 @@ def gate(
     the bound grows by the norm of what that leaves out (about a hundredth).
 
     Args:
-        x: [T, d_model], T <= MAX_TOKENS.
+        x: [T, d_model].
         sketch: a `Sketch`; offset: its `offset()`.
         bias: [n] float32 or None.
-        log_term: ln(1/delta) / 6, None for the deterministic bound alone.
+        tail: as in `CertifiedGate`, None for the deterministic bound alone.
         gamma, per_norm, tiny, unit, threshold: as in `CertifiedGate`.
         judged: largest entries between which a token is judged.
 
@@ -217,14 +217,14 @@ def gate(
     assert _lib is not None
     x32 = x.float().contiguous()
     n = sketch.norm.shape[0]
-    ids, recent = np.empty(n, np.int64), torch.empty(n, dtype=torch.bool, device="cpu")
+    ids, recent = np.empty(n, np.int64), torch.zeros(n, dtype=torch.bool, device="cpu")
     planes = [plane.data_ptr() for plane in sketch.planes] + [None] * (4 - len(sketch.planes))
     start = time.perf_counter()
     n_ids = _lib.hf_flash_gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
         sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), pointer(bias), sketch.bits,
-        -1.0 if log_term is None else log_term, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
-        recent.data_ptr(),
+        -1.0 if tail is None else tail, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
+        recent.data_ptr(), None, None,
     )  # fmt: skip
     if trace.active is not None:
         trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=n, native=True)

@@ -185,23 +185,32 @@ def _escapes_of(packing: Packing, ids: IntArray) -> tuple[torch.Tensor, torch.Te
     return torch.from_numpy(row), bits >> 16, (bits & 0xFFFF).to(torch.int16)
 
 
-def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """A few inputs times packed rows, in float32. Reference: `x.float() @ unpack(rows, packing).float().t()`.
+def linear(
+    x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Tensor | None = None
+) -> torch.Tensor:  # fmt: skip
+    """A few inputs times packed rows, summed in float32 and rounded once.
+
+    Reference: `(x.float() @ unpack(rows, packing).float().t() + bias.float()).to(x.dtype)`.
 
     Args:
-        x: [T, E].
+        x: [T, E], float32, float16 or bfloat16.
         rows: [n, stride] uint8, all rows of the packing.
+        bias: [n], dtype of x.
 
     Returns:
-        [T, n] float32.
+        [T, n], dtype of x.
     """
-    lib, x32 = native.library(), x.float().contiguous()
+    lib, x = native.library(), x.contiguous()
     if lib is None:
-        return x32 @ unpack(rows, packing).float().t()
-    out = torch.empty(x.shape[0], rows.shape[0], dtype=torch.float32, device="cpu")
-    lib.hf_flash_packed_matvec(
+        y = x.float() @ unpack(rows, packing).float().t()
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+    bias = None if bias is None else bias.contiguous()
+    assert bias is None or bias.dtype == x.dtype
+    out = torch.empty(x.shape[0], rows.shape[0], dtype=x.dtype, device="cpu")
+    lib.hf_flash_packed_linear(
         rows.data_ptr(), rows.stride(0), rows.shape[0], packing.n_elements, packing.base, packing.start.data_ptr(),
-        packing.escapes.data_ptr(), x32.data_ptr(), x.shape[0], out.data_ptr(),
+        packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), x.shape[0], native.CODES[x.dtype],
+        out.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -35,7 +35,7 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("d", "d_out", "n")],
         ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("offset4", _P),
         ("arithmetic", _F * 4 * 3),
-        ("log_term", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
+        ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
         *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows")],
         *[(name, _I) for name in ("n_slots", "n_used", "row_bytes", "window", "clock")], ("half_life", _D),
         ("lately", _P), ("n_lately", _I),
@@ -80,7 +80,7 @@ class NativeStep:
         self._offset4 = sketch.with_bits(4).offset()
         s.offset, s.bits, s.bar = self._offset.data_ptr(), sketch.bits, gate.bar
         s.offset4 = self._offset4.data_ptr()
-        s.log_term = -1.0 if gate.log_term is None else gate.log_term
+        s.tail = -1.0 if gate.tail is None else gate.tail
         s.least, s.most = INPUTS
         for i, dtype in enumerate(_DTYPES):
             s.arithmetic[i][:] = gate.gamma(), *gate.per_norm(dtype), UNIT[dtype]
@@ -116,7 +116,7 @@ class NativeStep:
 
         Returns:
             [T, d_out], dtype of x; None where this is none for the kernels (the activation, the dtype, more neurons
-            than slots), and then nothing has changed.
+            than slots), and then no time has passed.
 
         Raises:
             ReadError: flash failed.
@@ -136,9 +136,10 @@ class NativeStep:
         begun = time.perf_counter() if trace.active is not None else 0.0
         result = self._lib.hf_flash_step(*args)
         self._cache.largest = max(self._cache.largest, s.n_wanted)
-        if result == 3:
-            return None
         self._cache.took(s.n_used, s.clock)
+        if result == 3:
+            self._stats.add(bytes_read=s.n_bytes, n_reads=s.n_reads)
+            return None
         while result == 2:  # a signal came: its handler runs now, and may raise
             result = self._lib.hf_flash_step_on(*args)
         if result == 1:

@@ -72,7 +72,13 @@ def test_products_are_those_of_the_weights(way: str, n_tokens: int) -> None:
     w.view(torch.int16)[0, 7] = 0x4000  # an escape that counts
     rows, how = packing.pack(w, packing.choose_base(packing.count_exponents(w))[0])
     x = torch.randn(n_tokens, 576)
-    torch.testing.assert_close(packing.matvec(x, rows, how), x @ w.float().t(), atol=1e-4, rtol=1e-5)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)):
+        x, bias = x.to(dtype), torch.randn(len(w)).to(dtype)
+        for added in (None, bias):
+            want = x.float() @ w.float().t() + (0 if added is None else added.float())
+            got = packing.linear(x, rows, how, added)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got.float(), want, atol=1e-4 + 0.1 * rtol, rtol=rtol)
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@
 // (function multiversioning), so one binary runs everywhere. Each function has its torch reference in Python;
 // tests/test_native.py compares them.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -94,6 +95,22 @@ INLINE float round_to(float v, int dtype) {
   return v;
 }
 
+inline std::vector<float> to_float(const void *x, int64_t n, int dtype) {
+  std::vector<float> out(static_cast<size_t>(n));
+  const uint16_t *half = static_cast<const uint16_t *>(x);
+  if (dtype == F32 && n) std::memcpy(out.data(), x, static_cast<size_t>(n) * 4);
+  for (int64_t i = 0; i < n && dtype != F32; i++)
+    out[static_cast<size_t>(i)] = dtype == BF16 ? from_bf16(half[i]) : any_f16(half[i]);
+  return out;
+}
+
+inline void from_float(const float *values, int64_t n, int dtype, void *out) {  // rounded
+  if (dtype == F32) std::memcpy(out, values, static_cast<size_t>(n) * 4);
+  uint16_t *half = static_cast<uint16_t *>(out);
+  for (int64_t i = 0; i < n && dtype == BF16; i++) half[i] = bits_bf16(round_bf16(values[i]));
+  for (int64_t i = 0; i < n && dtype == F16; i++) half[i] = bits_f16(round_f16(values[i]));
+}
+
 // Which of the namespaces v4 (AVX-512), v3 (AVX2) and plain runs here. Loops in intrinsics are included once for each.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 inline int level() {
@@ -129,6 +146,14 @@ template <class F> void in_parallel(int parts, F work) {
 #pragma omp parallel for num_threads(parts) schedule(static, 1)
 #endif
   for (int part = 0; part < parts; part++) work(part);
+}
+
+// work(begin, end) for blocks of n items, taken by whoever is free: a core that serves interrupts gets fewer.
+template <class F> void in_blocks(int threads, int64_t n, int64_t block, F work) {
+  std::atomic<int64_t> next{0};
+  in_parallel(threads, [&](int) {
+    for (int64_t begin; (begin = next.fetch_add(block)) < n;) work(begin, begin + block < n ? begin + block : n);
+  });
 }
 
 }  // namespace

@@ -1,5 +1,10 @@
 // The scan of a certified gate's sketch. Reference: CertifiedGate.upper in gates/certified.py, which has the bound.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
 #include "common.h"
+#include "gate.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -7,6 +12,7 @@
 namespace {
 
 constexpr int GROUP = 64, MAX_TOKENS = 8;
+constexpr int64_t TILE_WEIGHTS = 1 << 18;  // scanned between two looks at what was found
 
 struct Sketch {
   const uint8_t *nibbles;      // [n, groups * 32]: upper 4 bits of 64 codes; byte j has those of codes j and j + 32
@@ -18,11 +24,12 @@ struct Sketch {
 };
 
 struct Inputs {
-  int64_t T;
+  int64_t T;                                     // at most MAX_TOKENS
   const float *x;                                // [T, groups * 64], zero-padded
   const float *constant, *squares, *norms;       // [T, groups]: what codes leave out; |x_g|^2 and |x_g| from above
   const float *size;                             // [T]: |x|, infinite where the token is not judged
-  float log_term, gamma, per_norm, tiny, unit, threshold;  // log_term < 0: the deterministic bound alone
+  uint8_t last_mark;                             // 2 if the last of these tokens is the last of all, else 0
+  float tail, gamma, per_norm, tiny, unit, threshold;  // tail < 0: the deterministic bound alone
   // Of one token, for the scan in whole numbers: x = scale * (256 * high + low), but for `rest` in norm.
   const int8_t *high, *low;  // [groups * 64], null where the scan is in floats
   const int32_t *middle;     // [groups * 16]: minus the middle code times what 4 neighbours sum to
@@ -68,8 +75,8 @@ INLINE uint64_t word(const uint64_t *plane, int64_t at) {
 INLINE uint8_t judge(const Sketch *s, const Inputs *in, int64_t i, int64_t t, float score, float squares, float sure) {
   const float fine = 1.0f / static_cast<float>(1 << (s->bits - 4));  // steps are those of 4 bits
   float bound = 4 * sure * fine;
-  if (in->log_term >= 0) {
-    const float h = std::sqrt(in->log_term * squares) * fine;
+  if (in->tail >= 0) {
+    const float h = std::sqrt(in->tail * squares) * fine;
     bound = h < bound ? h : bound;
   }
   float v = score * fine + bound * (1 + 1.0f / 4096) + in->size[t] * (s->norm[i] * in->per_norm + in->tiny);
@@ -98,6 +105,7 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
   const int64_t groups = s->groups, ahead = 48;  // groups fetched ahead
   std::vector<float> factors(static_cast<size_t>(groups));
   for (int64_t i = begin; i < end; i++) {
+    if (wanted[i]) continue;
     const uint16_t *stored = s->step + i * groups;
     float *factor = factors.data(), score = 0, squares = 0, sure = 0;
     for (int64_t g = 0; g < groups; g++) {
@@ -153,12 +161,16 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
 extern "C" {
 
 // ids [n] <- the neurons that cannot be proved silent for one of T tokens, sorted; recent [n] <- 1 where the last token
-// wants it. `offset` [groups * 64] is what a code of 0 stands for, in steps of its own. Returns how many ids there are.
+// wants it. What of `recent` is not 0 before is passed over. `offset` [groups * 64] is what a code of 0 stands for, in
+// steps of its own. Returns how many ids there are.
+//
+// `found`, where it is not null, is called meanwhile, by the calling thread: found(arg, n, end) when all neurons below
+// `end` are decided and n ids are there.
 int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uint8_t *nibbles, const uint64_t *plane5,
                       const uint64_t *plane6, const uint64_t *plane7, const uint64_t *plane8, const uint16_t *step,
-                      const float *norm, const float *offset, const float *bias, int bits, float log_term, float gamma,
+                      const float *norm, const float *offset, const float *bias, int bits, float tail, float gamma,
                       float per_norm, float tiny, float unit, float threshold, float least, float most, int64_t *ids,
-                      uint8_t *recent) {
+                      uint8_t *recent, Found found, void *arg) {
   const int64_t groups = (d + GROUP - 1) / GROUP;
   const Sketch s{nibbles, {plane5, plane6, plane7, plane8}, step, norm, bias, groups, bits};
   std::vector<float> padded(static_cast<size_t>(T * groups * GROUP), 0.0f), sums(static_cast<size_t>(3 * T * groups)),
@@ -188,26 +200,50 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
   }
   const bool in_whole = T == 1 && can_scan_whole() && size[0] < INFINITY;
   const Whole whole(padded.data(), in_whole ? groups : 0, bits);
-  const Inputs in{T, padded.data(), constant, squares, norms, size.data(), log_term, gamma, per_norm, tiny, unit, threshold,
-                  in_whole ? whole.high.data() : nullptr, whole.low.data(), whole.middle.data(), whole.scale.data(),
-                  whole.rest};
+  std::vector<Inputs> some;  // MAX_TOKENS of them at a time, the last ones first
+  for (int64_t end = T, t; end > 0; end = t) {
+    t = std::max<int64_t>(0, end - MAX_TOKENS);
+    some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
+                    norms + t * groups, size.data() + t, static_cast<uint8_t>(end == T ? 2 : 0), tail, gamma, per_norm,
+                    tiny, unit, threshold, in_whole ? whole.high.data() : nullptr, whole.low.data(), whole.middle.data(),
+                    whole.scale.data(), whole.rest});
+  }
   const int threads = n * groups < 4096 * max_threads() ? 1 : max_threads();
+  const int64_t tile = std::max<int64_t>(16, TILE_WEIGHTS / (groups * GROUP)), n_tiles = (n + tile - 1) / tile;
+  std::vector<std::atomic<bool>> done(static_cast<size_t>(n_tiles));
+  std::atomic<int64_t> next{0};
+  int64_t count = 0, collected = 0;
+  const auto collect = [&] {
+    for (; collected < n_tiles && done[static_cast<size_t>(collected)].load(std::memory_order_acquire); collected++) {
+      const int64_t end = std::min(n, (collected + 1) * tile);
+      for (int64_t i = collected * tile; i < end; i++) {
+        ids[count] = i;
+        count += recent[i] & 1;
+        recent[i] >>= 1;
+      }
+      if (found) found(arg, count, end);
+    }
+  };
   in_parallel(threads, [&](int me) {
-    const int64_t begin = n * me / threads, end = n * (me + 1) / threads;
-    switch (bits) {
-      case 4: return scan<4>(&s, &in, begin, end, recent);
-      case 5: return scan<5>(&s, &in, begin, end, recent);
-      case 6: return scan<6>(&s, &in, begin, end, recent);
-      case 7: return scan<7>(&s, &in, begin, end, recent);
-      default: return scan<8>(&s, &in, begin, end, recent);
+    for (int64_t mine; (mine = next.fetch_add(1)) < n_tiles;) {
+      const int64_t begin = mine * tile, end = std::min(n, begin + tile);
+      for (const Inputs &in : some) {
+        switch (bits) {
+          case 4: scan<4>(&s, &in, begin, end, recent); break;
+          case 5: scan<5>(&s, &in, begin, end, recent); break;
+          case 6: scan<6>(&s, &in, begin, end, recent); break;
+          case 7: scan<7>(&s, &in, begin, end, recent); break;
+          default: scan<8>(&s, &in, begin, end, recent);
+        }
+      }
+      done[static_cast<size_t>(mine)].store(true, std::memory_order_release);
+      if (me == 0) collect();
+    }
+    while (me == 0 && collected < n_tiles) {  // the last ones are being scanned by others
+      std::this_thread::yield();
+      collect();
     }
   });
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) {
-    ids[count] = i;
-    count += recent[i] & 1;
-    recent[i] >>= 1;
-  }
   return count;
 }
 

@@ -74,10 +74,19 @@ template <int BITS> INLINE Vec group(const Sketch *s, int64_t at, const float *x
   return product(q, x);
 }
 
+// sums[t] += what group g of neuron i gives token t; T tokens, 0 for as many as there are.
+template <int BITS, int T> INLINE void add_group(const Sketch *s, const Inputs *in, int64_t i, int64_t g, float step, Vec *sums) {
+  Vec q[N_VEC];
+  decode<BITS>(s, i * s->groups + g, q);
+  for (int64_t t = 0; t < (T ? T : in->T); t++) sums[t] += step * product(q, in->x + (t * s->groups + g) * GROUP);
+}
+
+// wanted[i] |= 1 where a token wants neuron i, 2 where the last one does. What is wanted already is passed over.
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
   const int64_t groups = s->groups, ahead = 32;  // groups fetched ahead
   std::vector<float> step(static_cast<size_t>(groups));
   for (int64_t i = begin; i < end; i++) {
+    if (wanted[i]) continue;
     const uint16_t *stored = s->step + i * groups;
     for (int64_t g = 0; g < groups; g++) step[static_cast<size_t>(g)] = from_bf16(stored[g]);
     Vec sums[MAX_TOKENS] = {};
@@ -89,14 +98,10 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
         sum += step[static_cast<size_t>(g)] * group<BITS>(s, at, in->x + g * GROUP);
       }
       sums[0] = sum;
+    } else if (in->T == MAX_TOKENS) {  // theirs too
+      for (int64_t g = 0; g < groups; g++) add_group<BITS, MAX_TOKENS>(s, in, i, g, step[static_cast<size_t>(g)], sums);
     } else {
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = i * groups + g;
-        Vec q[N_VEC];
-        decode<BITS>(s, at, q);
-        for (int64_t t = 0; t < in->T; t++)
-          sums[t] += step[static_cast<size_t>(g)] * product(q, in->x + (t * groups + g) * GROUP);
-      }
+      for (int64_t g = 0; g < groups; g++) add_group<BITS, 0>(s, in, i, g, step[static_cast<size_t>(g)], sums);
     }
     uint8_t any = 0, last = 0;
     for (int64_t t = 0; t < in->T; t++) {
@@ -111,6 +116,6 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
       last = judge(s, in, i, t, score, squares, sure);
       any |= last;
     }
-    wanted[i] = static_cast<uint8_t>(any | last << 1);
+    wanted[i] = static_cast<uint8_t>(any | (last ? in->last_mark : 0));
   }
 }

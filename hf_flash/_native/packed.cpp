@@ -55,6 +55,8 @@ int64_t pack_rows(const uint16_t *from, int64_t from_stride, int64_t n, int64_t 
 
 namespace {
 
+constexpr int64_t ROW_BLOCK = 64;  // of a matrix, that a thread takes at a time
+
 std::vector<float> shuffle(const float *x, int64_t T, int64_t d) {
   std::vector<float> out(static_cast<size_t>(T * d));
   for (int64_t t = 0; t < T; t++)
@@ -92,15 +94,20 @@ void hf_flash_unpack(const uint8_t *rows, int64_t stride, const int64_t *slots, 
   });
 }
 
-// out [T, n] = x [T, E] times the rows.
-void hf_flash_packed_matvec(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
-                            const uint32_t *escapes, const float *x, int64_t T, float *out) {
+// out [T, n] = x [T, E] times the rows, and the bias [n]; x, bias (or null) and out of `dtype`, sums in float32.
+void hf_flash_packed_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
+                            const uint32_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out) {
   const Packed p(E, base, start, escapes);
-  const std::vector<float> mixed = shuffle(x, T, E);
+  const std::vector<float> mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
+  const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
+  std::vector<float> sums(static_cast<size_t>(T * n));
   const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
-  in_parallel(threads, [&](int me) {
-    CALL(matvec, &p, rows, stride, n * me / threads, n * (me + 1) / threads, mixed.data(), T, n, out);
+  in_blocks(threads, n, ROW_BLOCK, [&](int64_t begin, int64_t end) {
+    CALL(matvec, &p, rows, stride, begin, end, mixed.data(), T, n, sums.data());
   });
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t i = 0; i < n && bias; i++) sums[static_cast<size_t>(t * n + i)] += added[static_cast<size_t>(i)];
+  from_float(sums.data(), T * n, dtype, out);
 }
 
 // out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.

@@ -4,15 +4,14 @@
 // tokens) and are its reference. Whoever calls holds the cache's lock.
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "ffn.h"
+#include "gate.h"
 
 extern "C" {
-int64_t hf_flash_gate(const float *, int64_t, int64_t, int64_t, const uint8_t *, const uint64_t *, const uint64_t *,
-                      const uint64_t *, const uint64_t *, const uint16_t *, const float *, const float *, const float *,
-                      int, float, float, float, float, float, float, float, float, int64_t *, uint8_t *);
-void *hf_flash_ring_submit_rows(void *, int, int64_t, int64_t, const int64_t *, int64_t, uint64_t, const int64_t *,
-                                int64_t, int64_t, uint64_t, int64_t *, int64_t *);
+void *hf_flash_ring_submit_rows(void *, void *, int, int64_t, int64_t, const int64_t *, int64_t, uint64_t,
+                                const int64_t *, int64_t, int64_t, uint64_t, int64_t *, int64_t *);
 int hf_flash_batch_wait(void *, void *);
 void hf_flash_batch_free(void *);
 int64_t hf_flash_sparse_ffn(const float *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, const int64_t *, int64_t,
@@ -29,7 +28,7 @@ struct Step {  // step.py has the same fields in the same order
   const uint16_t *step;
   const float *norm, *offset, *offset4;  // what a code of 0 stands for: with all bits, with 4
   float arithmetic[3][4];
-  float log_term, bar, least, most;
+  float tail, bar, least, most;
   int64_t bits;
   // The cache: slot of each neuron, neuron in each slot, slots of this layer, and the window's account of neurons.
   int64_t *slot_of, *neuron_of, *owned, *last;
@@ -65,15 +64,6 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-std::vector<float> to_float(const void *x, int64_t n, int dtype) {
-  std::vector<float> out(static_cast<size_t>(n));
-  const uint16_t *half = static_cast<const uint16_t *>(x);
-  if (dtype == F32) std::memcpy(out.data(), x, static_cast<size_t>(n) * 4);
-  for (int64_t i = 0; i < n && dtype != F32; i++)
-    out[static_cast<size_t>(i)] = dtype == BF16 ? from_bf16(half[i]) : any_f16(half[i]);
-  return out;
-}
-
 // Waits for a batch and forgets it. 0: it is there; 1: a read failed, and the batch says which; 2: a signal came.
 int land(Step *s, void **batch) {
   if (!*batch) return 0;
@@ -84,6 +74,8 @@ int land(Step *s, void **batch) {
   return 0;
 }
 
+const double COLD = -2;  // log2 of a score below which a neuron is not guessed at: it fires less than once in 350 tokens
+const uint8_t PASSED_OVER = 4;
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
@@ -99,7 +91,7 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
   s->last[neuron] = s->clock;
 }
 
-// The n slots (fewer if there are no more) that are worth least, of those that this step does not use; the window's only
+// The n slots (fewer if there are no more) that are worth least, these first, of those that this step does not use; the window's only
 // after all others, or not at all.
 std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
   std::vector<std::pair<double, int64_t>> free;
@@ -110,54 +102,100 @@ std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
                         s->owned[i]);
   }
   n = std::min(n, static_cast<int64_t>(free.size()));
-  std::nth_element(free.begin(), free.begin() + n, free.end());
+  std::partial_sort(free.begin(), free.begin() + n, free.end());
   std::vector<int64_t> slots;
   for (int64_t i = 0; i < n; i++) slots.push_back(free[static_cast<size_t>(i)].second);
   return slots;
 }
 
-// Slots for neurons that are in none: fresh ones, then `old`; and reads into them.
-void *read_into_slots(Step *s, const std::vector<int64_t> &missing, const std::vector<int64_t> &old, int64_t *n_bytes,
-                      int64_t *n_reads) {
-  *n_bytes = *n_reads = 0;
-  if (missing.empty()) return nullptr;
-  std::vector<int64_t> to;
-  for (int64_t slot : old) s->slot_of[s->neuron_of[slot]] = -1;
-  const int64_t n = static_cast<int64_t>(missing.size()), fresh = n - static_cast<int64_t>(old.size());
-  for (int64_t k = 0; k < n; k++) {
-    const int64_t slot = k < fresh ? s->owned[s->n_used + k] : old[static_cast<size_t>(k - fresh)];
-    const int64_t neuron = missing[static_cast<size_t>(k)];
-    s->slot_of[neuron] = slot, s->neuron_of[slot] = neuron;
-    to.push_back(slot);
+int64_t fresh_slot(Step *s) { return s->n_used < s->n_slots ? s->owned[s->n_used++] : -1; }
+
+// The slots are those neurons' from now on, and what lies on flash is read into them; adds to what `batch` reads.
+void *read_into_slots(Step *s, void *batch, const std::vector<int64_t> &neurons, const std::vector<int64_t> &slots,
+                      int64_t *n_bytes, int64_t *n_reads) {
+  if (neurons.empty()) return batch;
+  for (size_t k = 0; k < slots.size(); k++) {
+    if (s->neuron_of[slots[k]] >= 0) s->slot_of[s->neuron_of[slots[k]]] = -1;
+    s->slot_of[neurons[k]] = slots[k], s->neuron_of[slots[k]] = neurons[k];
   }
-  s->n_used += fresh;
-  return hf_flash_ring_submit_rows(s->ring, static_cast<int>(s->fd), s->start, s->row_bytes, missing.data(), n,
-                                   reinterpret_cast<uint64_t>(s->rows), to.data(), s->max_gap, s->max_rows,
-                                   reinterpret_cast<uint64_t>(s->sink), n_bytes, n_reads);
+  int64_t bytes, reads;
+  batch = hf_flash_ring_submit_rows(s->ring, batch, static_cast<int>(s->fd), s->start, s->row_bytes, neurons.data(),
+                                    static_cast<int64_t>(neurons.size()), reinterpret_cast<uint64_t>(s->rows), slots.data(),
+                                    s->max_gap, s->max_rows, reinterpret_cast<uint64_t>(s->sink), &bytes, &reads);
+  *n_bytes += bytes, *n_reads += reads;
+  return batch;
 }
 
-// Slots of the wanted neurons, and reads under way for those that were in none. Returns as hf_flash_step does.
-int fetch(Step *s) {
-  std::vector<int64_t> missing;
+// Slots for `missing`: fresh ones, then as many of `old` as are needed.
+std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t> &old) {
+  std::vector<int64_t> slots;
+  for (size_t k = 0; slots.size() < n;) {
+    const int64_t fresh = fresh_slot(s);
+    slots.push_back(fresh >= 0 ? fresh : old[k++]);
+  }
+  return slots;
+}
+
+// What a scan finds is read while it goes on. A slot is given away only if its neuron is known not to be wanted; what
+// finds no such slot waits for the end of the scan.
+struct Meanwhile {
+  Step *s;
+  std::vector<int64_t> old, missing;  // slots worth least, -1 where taken; neurons without a slot, sorted
+  int64_t n_seen = 0;
+  double spent = 0;
+
+  explicit Meanwhile(Step *step) : s(step) {
+    old = victims(s, s->n_read + s->n_read / 2, false);  // as many as last time, and some to choose from
+    s->n_read = s->n_bytes = s->n_reads = s->n_early_right = 0;
+  }
+
+  int64_t slot(int64_t end) {
+    const int64_t fresh = fresh_slot(s);
+    for (size_t k = 0; fresh < 0 && k < old.size(); k++) {
+      if (old[k] < 0) continue;
+      const int64_t neuron = s->neuron_of[old[k]];
+      if (neuron < end && s->last[neuron] < s->clock) return std::exchange(old[k], -1);
+    }
+    return fresh;
+  }
+
+  void found(int64_t n, int64_t end) {
+    const double begun = now();
+    for (; n_seen < n; n_seen++) {
+      const int64_t neuron = s->ids[n_seen];
+      if (s->slot_of[neuron] < 0) missing.push_back(neuron);
+      s->last[neuron] = s->clock;
+    }
+    std::vector<int64_t> slots;
+    for (int64_t to; slots.size() < missing.size() && (to = slot(end)) >= 0;) slots.push_back(to);
+    const auto upto = missing.begin() + static_cast<int64_t>(slots.size());
+    s->batch = read_into_slots(s, s->batch, std::vector<int64_t>(missing.begin(), upto), slots, &s->n_bytes, &s->n_reads);
+    missing.erase(missing.begin(), upto);
+    s->n_read += static_cast<int64_t>(slots.size());
+    spent += now() - begun;
+  }
+};
+
+// Slots for the rest of what is wanted, and reads under way for them. Returns as hf_flash_step does.
+int fetch(Step *s, const std::vector<int64_t> &missing) {
   int64_t early = 0;
-  s->n_early_right = s->n_bytes = s->n_reads = 0;
   for (int64_t i = 0; i < s->n_wanted; i++) {
     const int64_t neuron = s->ids[i];
-    if (s->slot_of[neuron] < 0) missing.push_back(neuron);
     use(s, neuron);
     while (early < s->n_early && s->early_ids[early] < neuron) early++;
     s->n_early_right += early < s->n_early && s->early_ids[early] == neuron;
   }
-  s->n_read = static_cast<int64_t>(missing.size());
-  const int64_t n = std::max<int64_t>(0, s->n_read - (s->n_slots - s->n_used));
-  std::vector<int64_t> old = victims(s, n, false);
-  if (static_cast<int64_t>(old.size()) < n) {  // wrong guesses are in the way: wait for them, then they can go
+  const int64_t n = static_cast<int64_t>(missing.size());
+  s->n_read += n;
+  const int64_t n_old = std::max<int64_t>(0, n - (s->n_slots - s->n_used));
+  std::vector<int64_t> old = victims(s, n_old, false);
+  if (static_cast<int64_t>(old.size()) < n_old) {  // wrong guesses are in the way: wait for them, then they can go
     int result = 2;
     while (result == 2) result = land_early(s);
     if (result) return result;
-    old = victims(s, n, false);
+    old = victims(s, n_old, false);
   }
-  s->batch = read_into_slots(s, missing, old, &s->n_bytes, &s->n_reads);
+  s->batch = read_into_slots(s, s->batch, missing, fresh_and_old(s, missing.size(), old), &s->n_bytes, &s->n_reads);
   for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->ids[i]];
   return 0;
 }
@@ -181,14 +219,9 @@ void compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
                          : hf_flash_sparse_ffn(x32.data(), T, s->d, s->d_out, s->rows, s->row_bytes, s->slots,
                                                s->n_wanted, gate_bias, up_bias, gated, static_cast<int>(s->dtype), dtype,
                                                act, s->threshold, out.data());
-  for (int64_t t = 0; t < T; t++) {
-    for (int64_t j = 0; j < s->d_out; j++) {
-      const int64_t at = t * s->d_out + j;
-      const float v = round_to(out[static_cast<size_t>(at)] + (s->down_bias ? s->down_bias[j] : 0.0f), dtype);
-      if (dtype == F32) static_cast<float *>(y)[at] = v;
-      else static_cast<uint16_t *>(y)[at] = dtype == BF16 ? bits_bf16(v) : bits_f16(v);
-    }
-  }
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < s->d_out && s->down_bias; j++) out[static_cast<size_t>(t * s->d_out + j)] += s->down_bias[j];
+  from_float(out.data(), T * s->d_out, dtype, y);
   s->ffn_s = now() - begun;
 }
 
@@ -209,34 +242,46 @@ extern "C" {
 int64_t hf_flash_step_bytes() { return sizeof(Step); }
 
 // y [T, d_out] = the FFN of x [T, d], both of `dtype`. 0: done; 1: a read failed; 2: a signal came, call
-// hf_flash_step_on; 3: more neurons are wanted than there are slots, nothing was changed (ids and recent are there).
+// hf_flash_step_on; 3: more neurons are wanted than there are slots (ids and recent are there): no time has passed, but
+// some of them may have been read.
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
   const double begun = now();
   const float *a = s->arithmetic[dtype];
+  s->clock += T;
+  Meanwhile meanwhile(s);
+  const auto found = [](void *arg, int64_t n, int64_t end) { static_cast<Meanwhile *>(arg)->found(n, end); };
   {
     const std::vector<float> x32 = to_float(x, T * s->d, dtype);
+    std::memset(s->recent, 0, static_cast<size_t>(s->n));
     s->n_wanted = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, s->planes[0], s->planes[1], s->planes[2],
                                 s->planes[3], s->step, s->norm, s->offset, s->gated ? s->gate_bias : s->up_bias,
-                                static_cast<int>(s->bits), s->log_term, a[0], a[1], a[2], a[3], s->bar, s->least, s->most,
-                                s->ids, s->recent);
+                                static_cast<int>(s->bits), s->tail, a[0], a[1], a[2], a[3], s->bar, s->least, s->most,
+                                s->ids, s->recent, found, &meanwhile);
   }
-  s->gate_s = now() - begun, s->wait_s = s->ffn_s = 0;
-  if (s->n_wanted > s->n_slots) return 3;
-  s->clock += T;
-  const int result = fetch(s);
+  s->gate_s = now() - begun - meanwhile.spent, s->wait_s = s->ffn_s = 0;
+  if (s->n_wanted > s->n_slots) {
+    s->clock -= T;
+    int result = 2;
+    while (result == 2) result = land(s, &s->batch);
+    return result ? result : 3;
+  }
+  const int result = fetch(s, meanwhile.missing);
   return result ? result : wait_and_compute(s, x, T, dtype, y);
 }
 
 // Start reading what the layer will likely want, from an input x that is only like the one to come: scored with 4 bits
-// and no margin. Takes only slots that are fresh or outside the window. Returns as hf_flash_step does.
+// and no margin, and only those that were used not too long ago: of the others too few are right to be worth the scan.
+// Takes only slots that are fresh or outside the window. Returns as hf_flash_step does.
 int hf_flash_step_early(Step *s, const void *x, int64_t T, int dtype) {
   const int result = land_early(s);
   if (result) return result;
   s->n_early = s->early_bytes = 0;
   const std::vector<float> x32 = to_float(x, T * s->d, dtype);
+  const double cold = static_cast<double>(s->clock) / s->half_life + COLD;
+  for (int64_t i = 0; i < s->n; i++) s->recent[i] = s->key[i] < cold ? PASSED_OVER : 0;
   const int64_t n = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, nullptr, nullptr, nullptr, nullptr, s->step, s->norm,
                                   s->offset4, s->gated ? s->gate_bias : s->up_bias, 4, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, s->bar,
-                                  s->least, s->most, s->early_ids, s->recent);
+                                  s->least, s->most, s->early_ids, s->recent, nullptr, nullptr);
   if (n > s->n_slots) return 0;
   s->clock += T;  // the time of the step to come
   std::vector<int64_t> missing;
@@ -248,8 +293,9 @@ int hf_flash_step_early(Step *s, const void *x, int64_t T, int dtype) {
   const int64_t fresh = std::min(static_cast<int64_t>(missing.size()), s->n_slots - s->n_used);
   const std::vector<int64_t> old = victims(s, static_cast<int64_t>(missing.size()) - fresh, true);
   missing.resize(static_cast<size_t>(fresh) + old.size());
-  int64_t n_reads;
-  s->early = read_into_slots(s, missing, old, &s->early_bytes, &n_reads);
+  int64_t n_reads = 0;
+  const std::vector<int64_t> slots = fresh_and_old(s, missing.size(), old);
+  s->early = read_into_slots(s, nullptr, missing, slots, &s->early_bytes, &n_reads);
   s->clock -= T;
   for (int64_t i = 0; i < n; i++) s->last[s->early_ids[i]] = std::min(s->last[s->early_ids[i]], s->clock);
   for (int64_t neuron : missing) s->last[neuron] = ARRIVING;

@@ -33,12 +33,12 @@ struct Op {
   Batch *batch;
   int fd;
   int64_t offset, want, need, got = 0;
-  size_t iov, n_iov;  // range in the batch's vectors
+  std::vector<iovec> iov;  // where it goes
+  size_t done = 0;         // how many of them are full
 };
 
 struct Batch {
-  std::vector<Op> ops;
-  std::vector<iovec> iov;
+  std::deque<Op> ops;  // the kernel has pointers to them: they stay where they are
   int64_t left = 0;
   int error = 0;           // errno of the first read that failed; ENODATA where the file ended early
   int error_fd = -1;
@@ -68,13 +68,14 @@ struct Ring {
     const unsigned tail = *sq_tail, index = tail & *sq_mask;
     io_uring_sqe *sqe = &sqes[index];
     std::memset(sqe, 0, sizeof *sqe);
-    const iovec *iov = &op->batch->iov[op->iov];
-    const bool one = plain_read && op->n_iov == 1 && iov->iov_len <= MAX_READ;
+    const iovec *iov = &op->iov[op->done];
+    const size_t n = op->iov.size() - op->done;
+    const bool one = plain_read && n == 1 && iov->iov_len <= MAX_READ;
     sqe->opcode = one ? IORING_OP_READ : IORING_OP_READV;
     sqe->fd = op->fd;
     sqe->off = static_cast<uint64_t>(op->offset + op->got);
     sqe->addr = reinterpret_cast<uint64_t>(one ? iov->iov_base : iov);
-    sqe->len = static_cast<uint32_t>(one ? iov->iov_len : op->n_iov);
+    sqe->len = static_cast<uint32_t>(one ? iov->iov_len : n);
     sqe->user_data = reinterpret_cast<uint64_t>(op);
     sq_array[index] = index;
     __atomic_store_n(sq_tail, tail + 1, __ATOMIC_RELEASE);
@@ -134,11 +135,8 @@ struct Ring {
     if (op->got >= op->want) return finish(op, 0);
     if (result == 0 || result % 512) return finish(op, op->got >= op->need ? 0 : ENODATA);  // the end of the file
     size_t n = static_cast<size_t>(result);
-    while (n >= op->batch->iov[op->iov].iov_len) {
-      n -= op->batch->iov[op->iov].iov_len;
-      op->iov++, op->n_iov--;
-    }
-    iovec &first = op->batch->iov[op->iov];
+    while (n >= op->iov[op->done].iov_len) n -= op->iov[op->done++].iov_len;
+    iovec &first = op->iov[op->done];
     first.iov_base = static_cast<char *>(first.iov_base) + n;
     first.iov_len -= n;
     line.push_front(op);
@@ -156,10 +154,13 @@ struct Ring {
     advance();
   }
 
-  void start(Batch *b) {
+  void start(Batch *b, std::vector<Op> &&ops) {
     std::lock_guard<std::mutex> hold(mutex);
-    b->left = static_cast<int64_t>(b->ops.size());
-    for (Op &op : b->ops) line.push_back(&op);
+    b->left += static_cast<int64_t>(ops.size());
+    for (Op &op : ops) {
+      b->ops.push_back(std::move(op));
+      line.push_back(&b->ops.back());
+    }
     if (!leader) reap();  // a leader may sleep until the very completion that would be taken here
     else advance();
     flush();
@@ -168,10 +169,6 @@ struct Ring {
 
 void *map(int fd, size_t size, off_t what) {
   return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
-}
-
-void add_op(Batch *b, int fd, int64_t offset, size_t first_iov, int64_t want, int64_t need) {
-  b->ops.push_back(Op{b, fd, offset, want, need, 0, first_iov, b->iov.size() - first_iov});
 }
 
 }  // namespace
@@ -234,48 +231,47 @@ void *hf_flash_ring_open(unsigned depth) {
 void *hf_flash_ring_submit(void *handle, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,
                            const int64_t *first, const uint64_t *addresses, const int64_t *lengths) {
   Batch *b = new Batch;
-  b->ops.reserve(static_cast<size_t>(n));
-  b->iov.reserve(static_cast<size_t>(first[n]));
+  std::vector<Op> ops;
+  ops.reserve(static_cast<size_t>(n));
   for (int64_t i = 0; i < n; i++) {
-    const size_t from = b->iov.size();
-    int64_t want = 0;
+    Op op{b, fds[i], offsets[i], 0, need[i]};
     for (int64_t k = first[i]; k < first[i + 1]; k++) {
-      b->iov.push_back(iovec{reinterpret_cast<void *>(addresses[k]), static_cast<size_t>(lengths[k])});
-      want += lengths[k];
+      op.iov.push_back(iovec{reinterpret_cast<void *>(addresses[k]), static_cast<size_t>(lengths[k])});
+      op.want += lengths[k];
     }
-    add_op(b, fds[i], offsets[i], from, want, need[i]);
+    ops.push_back(std::move(op));
   }
-  static_cast<Ring *>(handle)->start(b);
+  static_cast<Ring *>(handle)->start(b, std::move(ops));
   return b;
 }
 
 // Start reading rows of one tensor straight into slots. Sorted rows at most max_gap apart (and max_rows long) share a
-// read, the rows between go to `sink`. See plan.py, which is the reference.
-void *hf_flash_ring_submit_rows(void *handle, int fd, int64_t start, int64_t row_bytes, const int64_t *rows, int64_t n,
-                                uint64_t base, const int64_t *slots, int64_t max_gap, int64_t max_rows, uint64_t sink,
-                                int64_t *n_bytes, int64_t *n_reads) {
-  Batch *b = new Batch;
-  b->iov.reserve(static_cast<size_t>(2 * n));
+// read, the rows between go to `sink`. See plan.py, which is the reference. They join `batch`, or a new one for null.
+void *hf_flash_ring_submit_rows(void *handle, void *batch, int fd, int64_t start, int64_t row_bytes, const int64_t *rows,
+                                int64_t n, uint64_t base, const int64_t *slots, int64_t max_gap, int64_t max_rows,
+                                uint64_t sink, int64_t *n_bytes, int64_t *n_reads) {
+  Batch *b = batch ? static_cast<Batch *>(batch) : new Batch;
+  std::vector<Op> ops;
   *n_bytes = 0;
   for (int64_t i = 0; i < n;) {
-    const size_t from = b->iov.size();
+    Op op{b, fd, start + rows[i] * row_bytes, 0, 0};
     int64_t j = i;
     for (; j < n; j++) {
       const int64_t gap = j > i ? rows[j] - rows[j - 1] - 1 : 0;
       if (gap > max_gap || rows[j] - rows[i] >= max_rows) break;
-      if (gap) b->iov.push_back(iovec{reinterpret_cast<void *>(sink), static_cast<size_t>(gap * row_bytes)});
+      if (gap) op.iov.push_back(iovec{reinterpret_cast<void *>(sink), static_cast<size_t>(gap * row_bytes)});
       char *to = reinterpret_cast<char *>(base) + slots[j] * row_bytes;
-      iovec *last = j > i && !gap ? &b->iov.back() : nullptr;
+      iovec *last = j > i && !gap ? &op.iov.back() : nullptr;
       if (last && static_cast<char *>(last->iov_base) + last->iov_len == to) last->iov_len += static_cast<size_t>(row_bytes);
-      else b->iov.push_back(iovec{to, static_cast<size_t>(row_bytes)});
+      else op.iov.push_back(iovec{to, static_cast<size_t>(row_bytes)});
     }
-    const int64_t want = (rows[j - 1] - rows[i] + 1) * row_bytes;
-    add_op(b, fd, start + rows[i] * row_bytes, from, want, want);
-    *n_bytes += want;
+    op.want = op.need = (rows[j - 1] - rows[i] + 1) * row_bytes;
+    *n_bytes += op.want;
+    ops.push_back(std::move(op));
     i = j;
   }
-  *n_reads = static_cast<int64_t>(b->ops.size());
-  static_cast<Ring *>(handle)->start(b);
+  *n_reads = static_cast<int64_t>(ops.size());
+  static_cast<Ring *>(handle)->start(b, std::move(ops));
   return b;
 }
 

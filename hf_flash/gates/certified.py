@@ -12,13 +12,15 @@ of the 4-bit code; each further bit halves the cell, and U scaled up is uniform 
 of 8 bits contains those of 7, 6, 5 and 4: up to four planes of one bit on top of a 4-bit code, as memory allows.
 
 The bound. For a fixed input x, w.x = w^.x + E.x, a sum of independent terms, term j uniform in an interval of length
-s_g |x_j|. A uniform variable is sub-Gaussian with its own variance (sinh(a)/a <= exp(a^2/6)), so by Chernoff
+s_g |x_j|. A uniform variable is a sum of signs, +-1/4 +-1/8 +-1/16 ... (its binary digits), so E.x is a weighted sum of
+independent signs, with the variance v = sum_g s_g^2 |x_g|^2 / 12. Such sums have hardly more than Gaussian tails
+(Bentkus and Dzindzalieta, "A tight Gaussian bound for weighted sums of Rademacher random variables", Bernoulli, 2015):
 
-    P(E.x > t) <= exp(-6 t^2 / sum_g s_g^2 |x_g|^2),  so  t_P = sqrt(ln(1/delta) / 6 * sum_g s_g^2 |x_g|^2)
+    P(E.x >= z sqrt(v)) <= c Q(z),  Q the normal tail, c = 1 / (4 Q(sqrt(2))) = 3.18,  so  t_P = Q^-1(delta / c) sqrt(v)
 
-fails with probability at most delta per decision (over the dither, which never saw x); Hoeffding's inequality for
-rounding up or down at random, without a kept dither, gives 1.7 times as much. Independently,
-t_C = sum_g 4 s_g |x_g| never fails, as |E_g| <= sqrt(64) s_g / 2. t = min(t_P, t_C).
+fails with probability at most delta per decision (over the dither, which never saw x). Chernoff's bound exp(-z^2 / 2)
+instead is 4 % wider at delta = 1e-9; Hoeffding's for rounding up or down at random, without a kept dither, 1.8 times.
+Independently, t_C = sum_g 4 s_g |x_g| never fails, as |E_g| <= sqrt(64) s_g / 2. t = min(t_P, t_C).
 
 "Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_P, and delta = 0 (t_C alone)
 is for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
@@ -43,6 +45,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
 
 import torch
@@ -54,7 +57,7 @@ from hf_flash.plan import IntArray
 GROUP = 64
 SKETCH_KIND = "dithered sketch"  # as gates.safetensors names it
 BLOCK_NEURONS = 256  # neurons dequantized at a time: bounds the scratch memory
-GATE_TOKENS = 16  # tokens scored at a time: the same
+GATE_TOKENS, NATIVE_TOKENS = 16, 64  # tokens scored at a time, by torch and natively: the same
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
 _WEIGHTS, INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
@@ -201,7 +204,7 @@ class CertifiedGate:
     ) -> None:
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
         self._weight_dtype = weight_dtype
-        self.log_term = -math.log(delta) / 6 if delta > 0 else None
+        self.tail = _tail(delta) if delta > 0 else None
         self._offset = sketch.offset()
         self._bias: tuple[object, torch.Tensor | None] = (None, None)  # the last bias that was seen, and as float32
         # A bar above 0 is lowered by what float16 rounds off near 0 and by what comparing in float32 does.
@@ -226,8 +229,8 @@ class CertifiedGate:
         )  # [T, n]
         step = sketch.step.float() / 2.0 ** (sketch.bits - 4)
         t = 4 * (squares.sqrt() @ step.t())  # for certain
-        if self.log_term is not None:
-            t = torch.minimum(t, (self.log_term * (squares @ step.square().t())).sqrt_())
+        if self.tail is not None:
+            t = torch.minimum(t, (self.tail * (squares @ step.square().t())).sqrt_())
         gamma = self.gamma()
         v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype)
         v = v + unit * v.abs()
@@ -279,22 +282,30 @@ class CertifiedGate:
         Returns:
             Sorted neuron numbers, and [n_neurons] bool.
         """
-        if native.available() and x.shape[0] <= native.MAX_TOKENS:
-            per_norm, tiny = self.per_norm(x.dtype)
-            return native.gate(
-                x, self.sketch, self._offset, self._bias_like(x, bias), self.log_term, self.gamma(), per_norm, tiny,
-                UNIT[x.dtype], self.bar, INPUTS,
-            )  # fmt: skip
-        start = time.perf_counter()
         union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)
         recent = union
+        if native.available():
+            for tokens in x.split(NATIVE_TOKENS):
+                wanted, recent = self._scan(tokens, bias)
+                if len(tokens) == len(x):
+                    return wanted, recent
+                union[torch.from_numpy(wanted)] = True
+            return union.nonzero()[:, 0].numpy(), recent
+        start = time.perf_counter()
         for tokens in x.split(GATE_TOKENS):
-            wanted = self.wanted(tokens, bias)
-            union |= wanted.any(0)
-            recent = wanted[-1:].any(0)  # which holds for no tokens too
+            named = self.wanted(tokens, bias)
+            union |= named.any(0)
+            recent = named[-1:].any(0)  # which holds for no tokens too
         if trace.active is not None:
             trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(union))
         return union.nonzero()[:, 0].numpy(), recent
+
+    def _scan(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[IntArray, torch.Tensor]:
+        per_norm, tiny = self.per_norm(x.dtype)
+        return native.gate(
+            x, self.sketch, self._offset, self._bias_like(x, bias), self.tail, self.gamma(), per_norm, tiny,
+            UNIT[x.dtype], self.bar, INPUTS,
+        )  # fmt: skip
 
     def _bias_like(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The bias rounded to x's dtype, in float32; made anew when it changed."""
@@ -304,6 +315,21 @@ class CertifiedGate:
         if self._bias[0] != key:
             self._bias = key, bias.detach().to(x.dtype).float().contiguous()
         return self._bias[1]
+
+
+def _tail(delta: float) -> float:
+    """t_P^2 over sum_g s_g^2 |x_g|^2."""
+    normal = statistics.NormalDist()
+    c = 1 / (4 * normal.cdf(-math.sqrt(2)))
+    z = -normal.inv_cdf(min(0.5, delta / c))
+    return z * z / 12
+
+
+def scratch_bytes(n_neurons: int, d_model: int) -> int:
+    """The most that a decision takes while it is made."""
+    if native.available():
+        return NATIVE_TOKENS * d_model * 12
+    return GATE_TOKENS * n_neurons * 4 * 6 + BLOCK_NEURONS * d_model * 8
 
 
 def _operand_unit() -> float:

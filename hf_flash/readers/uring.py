@@ -90,7 +90,7 @@ class UringReader(ThreadReader):
         ticket = self._ticket([base, junk])
         begun = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit_rows(
-            self._ring, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
+            self._ring, None, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
             slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
             ctypes.byref(n_reads),
         )  # fmt: skip
