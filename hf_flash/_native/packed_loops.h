@@ -112,10 +112,38 @@ INLINE float escaped(const Packed *p, int64_t row, int64_t begin, int64_t end, c
   return total;
 }
 
+// out[i] = row i . x, rows that follow each other, side by side: as many streams of memory.
+template <int ROWS>
+INLINE void dots(const Packed *p, const uint8_t *rows, int64_t stride, const float *x, const uint8_t *next, float *out) {
+  Vec sums[ROWS][2] = {};
+  for (int64_t j = 0; j < p->E; j += BLOCK, x += BLOCK) {
+    for (int i = 0; i < ROWS; i++) {
+      const uint8_t *row = rows + i * stride;
+      Vec w[N_VEC];
+      __builtin_prefetch(next + i * stride + j);
+      if (j % (2 * BLOCK) == 0) __builtin_prefetch(next + i * stride + p->E + j / 2);
+      decode(row + j, row + p->E + j / 2, p->tables, w);
+      for (int v = 0; v < N_VEC; v++) sums[i][v % 2] += w[v] * load(x + v * (BLOCK / N_VEC));
+    }
+  }
+  for (int i = 0; i < ROWS; i++) {
+    const Vec all = sums[i][0] + sums[i][1];
+    out[i] = 0;
+    for (int k = 0; k < BLOCK / N_VEC; k++) out[i] += all[k];
+  }
+}
+
 // out[t, i] = row i . x[t] for rows begin .. end; x is shuffled.
 void matvec(const Packed *p, const uint8_t *rows, int64_t stride, int64_t begin, int64_t end, const float *x, int64_t T,
             int64_t n, float *out) {
-  for (int64_t i = begin; i < end; i++) {
+  constexpr int64_t ROWS = 4;
+  int64_t i = begin;
+  for (; T == 1 && i + ROWS <= end; i += ROWS) {
+    const uint8_t *row = rows + i * stride;
+    dots<ROWS>(p, row, stride, x, row + stride * (i + 2 * ROWS <= end ? ROWS : 0), out + i);
+    for (int64_t k = i; k < i + ROWS; k++) out[k] += escaped(p, k, 0, p->E, x);
+  }
+  for (; i < end; i++) {
     const uint8_t *row = rows + i * stride, *next = row + stride * (i + 1 < end);
     for (int64_t t = 0; t < T; t++)
       out[t * n + i] = dot(p, row, 0, p->E, x + t * p->E, next) + escaped(p, i, 0, p->E, x + t * p->E);
