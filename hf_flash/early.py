@@ -7,7 +7,7 @@ strongest neurons of a real model). A wrong guess costs a read, never a wrong to
 Which norm feeds the FFN is not known from names; it is seen in the first pass, where one norm's output arrives there.
 
 Whether it pays depends on the disk: a second scan of the sketch costs arithmetic and buys waiting. So it is tried: some
-tokens without, some with, and the faster way is kept, until it is tried again.
+tokens without, some with (few, if these are much slower), and the faster way is kept, until it is tried again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_flash.sparse import EARLY_TOKENS, SparseEngine
 
 logger = logging.get_logger(__name__)
 
-WARM_TOKENS, TRIED_TOKENS, AGAIN_TOKENS = 24, 12, 2048
+WARM_TOKENS, TRIED_TOKENS, FEW_TOKENS, AGAIN_TOKENS = 24, 12, 3, 2048
 
 
 class Trial:
@@ -53,13 +53,20 @@ class Trial:
             self._times[False].clear()
         elif self._n_tokens == WARM_TOKENS + TRIED_TOKENS:
             self.on = True
-        elif self._n_tokens == WARM_TOKENS + 2 * TRIED_TOKENS:
+        elif self._hopeless():
+            self._n_tokens = WARM_TOKENS + 2 * TRIED_TOKENS
+        if self._n_tokens == WARM_TOKENS + 2 * TRIED_TOKENS:
             off_s, on_s = (statistics.median(self._times[way]) for way in (False, True))
             self.on = on_s < 0.98 * off_s
             word = "on" if self.on else "off"
             logger.info(f"hf_flash: early gate {word}: {1e3 * on_s:.1f} ms a token with it, {1e3 * off_s:.1f} without.")
         elif self._n_tokens >= AGAIN_TOKENS:
             self.__init__()  # type: ignore[misc]
+
+    def _hopeless(self) -> bool:
+        """Whether a few tokens with it have told enough."""
+        trying = self.on and self._n_tokens < WARM_TOKENS + 2 * TRIED_TOKENS and len(self._times[True]) >= FEW_TOKENS
+        return trying and statistics.median(self._times[True]) > 1.1 * statistics.median(self._times[False])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
         return self

@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 ABI = 3
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
+_PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
@@ -197,6 +198,7 @@ def sparse_ffn(
 def gate(
     x: torch.Tensor, sketch: Any, offset: torch.Tensor, bias: torch.Tensor | None, tail: float | None,
     gamma: float, per_norm: float, tiny: float, unit: float, threshold: float, judged: tuple[float, float],
+    decided: torch.Tensor | None = None,
 ) -> tuple[IntArray, torch.Tensor]:  # fmt: skip
     """Which neurons cannot be proved silent. Reference: `CertifiedGate.upper`, which has the same quantities.
 
@@ -210,25 +212,31 @@ def gate(
         tail: as in `CertifiedGate`, None for the deterministic bound alone.
         gamma, per_norm, tiny, unit, threshold: as in `CertifiedGate`.
         judged: largest entries between which a token is judged.
+        decided: [n] bool, neurons that need not be looked at; none without.
 
     Returns:
-        Sorted neurons that any token wants; [n] bool, True where the last one does.
+        Sorted neurons that any token wants; [n] uint8, 1 where the last one does, else 2 where the last 8 do, 3 the 8
+        before, ..., 0 where none does.
     """
     assert _lib is not None
     x32 = x.float().contiguous()
     n = sketch.norm.shape[0]
-    ids, recent = np.empty(n, np.int64), torch.zeros(n, dtype=torch.bool, device="cpu")
+    ids, marks = np.empty(n, np.int64), torch.zeros(n, dtype=torch.uint8, device="cpu")
+    if decided is not None:
+        marks[decided] = _PASSED_OVER
     planes = [plane.data_ptr() for plane in sketch.planes] + [None] * (4 - len(sketch.planes))
     start = time.perf_counter()
     n_ids = _lib.hf_flash_gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
         sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), pointer(bias), sketch.bits,
         -1.0 if tail is None else tail, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
-        recent.data_ptr(), None, None,
+        marks.data_ptr(), None, None,
     )  # fmt: skip
     if trace.active is not None:
         trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=n, native=True)
-    return ids[:n_ids], recent
+    if decided is not None:
+        marks[decided] = 0
+    return ids[:n_ids], marks
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

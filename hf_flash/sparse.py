@@ -57,7 +57,7 @@ class SparseEngine(Engine):
                     self._count_ahead(self._step.wanted)
                 return found.view(*x.shape[:-1], found.shape[-1])
         t0, waited = time.perf_counter(), self._stats.wait_s
-        neurons, recent = self._wanted(flat, biases)
+        neurons, ago = self._wanted(flat, biases)
         t1 = time.perf_counter()
         if trace.active is not None:
             trace.active.add(trace.GATE, t0, t1, self.layer.path, wanted=len(neurons))
@@ -68,7 +68,7 @@ class SparseEngine(Engine):
         if code is not None and self.cache.fits(neurons):
             y, n_fired = self._few_tokens(flat, code, biases, neurons)
         else:
-            y, n_fired = self._many_tokens(flat, act, biases, neurons, recent)
+            y, n_fired = self._many_tokens(flat, act, biases, neurons, ago)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
         self._stats.add(gate_s=t1 - t0, compute_s=busy_s, neurons_fired=n_fired)
         if len(self._ahead_neurons):
@@ -170,14 +170,14 @@ class SparseEngine(Engine):
         return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
 
     def _many_tokens(
-        self, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases, neurons: IntArray, recent: IntArray
+        self, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases, neurons: IntArray, ago: IntArray
     ) -> tuple[torch.Tensor, int]:
         """Matrix products on gathered rows, batch by batch."""
         y: torch.Tensor | None = None
         wide = torch.promote_types(flat.dtype, torch.float32)  # what parts are summed in
         fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
-        with self._batches(neurons, recent, flat.shape[0]) as batches:
+        with self._batches(neurons, ago, flat.shape[0]) as batches:
             for index, gate, up, down in batches:
                 t1 = time.perf_counter()
                 h = ops.hidden(flat, up, act, gate, *biases.part(index))
@@ -195,24 +195,23 @@ class SparseEngine(Engine):
         return y, int(fired.sum())
 
     def _wanted(self, flat: torch.Tensor, biases: ops.Biases) -> tuple[IntArray, IntArray]:
-        """Neurons that any token wants, and (where they do not all fit) those that the last one does; both sorted."""
-        bias = biases.gate if self.layer.layout.gated else biases.up
-        neurons, recent = self.gate.decide(flat, bias)
-        return neurons, neurons if self.cache.fits(neurons) else recent.nonzero()[:, 0].numpy()
+        """Neurons that any token wants, sorted, and how many tokens ago each was wanted."""
+        neurons, ago = self.gate.decide(flat, biases.gate if self.layer.layout.gated else biases.up)
+        return neurons, ago[torch.from_numpy(neurons)].numpy()
 
     def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         flat = x.reshape(-1, x.shape[-1])
         return self._batches(*self._wanted(flat, biases), flat.shape[0])
 
     @contextlib.contextmanager
-    def _batches(self, neurons: IntArray, recent: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+    def _batches(self, neurons: IntArray, ago: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
         with self._guard(n_tokens):
             if self.cache.fits(neurons):
                 lookup = self.cache.fetch(neurons)
                 self._wait(lookup.ticket)
                 yield self._from_slots(neurons, lookup.slots)
             else:
-                with contextlib.closing(self._sweep(neurons, recent)) as batches:
+                with contextlib.closing(self._sweep(neurons, ago)) as batches:
                     yield batches
 
     @contextlib.contextmanager
@@ -260,12 +259,17 @@ class SparseEngine(Engine):
     def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
         return self._work.get("unpacked", (n, row_bytes), torch.uint8)
 
-    def _sweep(self, neurons: IntArray, recent: IntArray) -> Generator[Piece]:
-        """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile."""
+    def _sweep(self, neurons: IntArray, ago: IntArray) -> Generator[Piece]:
+        """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile.
+
+        Those that the last tokens wanted stay, as many as there are slots.
+        """
+        latest = np.sort(np.argsort(ago, kind="stable")[: self.cache.n_slots])
+        recent = neurons[latest]
         slots = self.cache.cached(neurons)
         here = slots >= 0
         self._stats.add(neurons_wanted=len(neurons), neurons_hit=int(here.sum()), neurons_read=int((~here).sum()))
-        self.cache.window.use(recent)
+        self.cache.window.use(recent, ago[latest])
         missing = neurons[~here]
         batches = [missing[i : i + self._batch_rows] for i in range(0, len(missing), self._batch_rows)]
         ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []

@@ -46,7 +46,7 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
         ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P),
-        ("early_ids", _P), ("recent", _P),
+        ("early_ids", _P), ("marks", _P),
     ]  # fmt: skip
 
 
@@ -71,7 +71,7 @@ class NativeStep:
         self._by_reference = ctypes.byref(s)
         layout, sketch = layer.layout, gate.sketch
         self._scratch = [np.empty(layer.n_neurons, np.int64) for _ in range(3)]
-        self._recent, self._offset = np.empty(layer.n_neurons, np.uint8), sketch.offset()
+        self._marks, self._offset = np.empty(layer.n_neurons, np.uint8), sketch.offset()
         self._keep = (store, gate, sketch)  # what the pointers below point into
         s.d, s.d_out, s.n = layout.d_model, layout.d_out, layer.n_neurons
         s.nibbles, s.step, s.norm = sketch.nibbles.data_ptr(), sketch.step.data_ptr(), sketch.norm.data_ptr()
@@ -94,7 +94,7 @@ class NativeStep:
             s.base, s.escapes_start = layer.packing.base, layer.packing.start.data_ptr()
             s.escapes = layer.packing.escapes.data_ptr()
         s.ids, s.slots, s.early_ids = (a.ctypes.data for a in self._scratch)
-        s.recent = self._recent.ctypes.data
+        s.marks = self._marks.ctypes.data
         self._act: tuple[Activation | None, torch.dtype | None] = (None, None)
         self._known = False
         self._biases: list[tuple[object, torch.Tensor | None]] = [(None, None)] * 3

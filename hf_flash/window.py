@@ -39,11 +39,12 @@ class Window:
         """A forward pass of `n_tokens` tokens begins."""
         self.clock += max(1, n_tokens)
 
-    def use(self, neurons: IntArray) -> None:
-        """These neurons are used by the current tokens."""
-        now = self.clock / self.half_life
-        self._key[neurons] = np.log2(1.0 + np.exp2(np.maximum(self._key[neurons] - now, -1000.0))) + now
-        self._last[neurons] = self.clock
+    def use(self, neurons: IntArray, ago: IntArray | int = 0) -> None:
+        """These neurons are used by the current tokens, or so many tokens ago."""
+        when = self.clock - ago
+        now = when / self.half_life
+        self._key[neurons] = np.log2(1.0 + np.exp2(np.clip(self._key[neurons] - now, -1000.0, 1000.0))) + now
+        self._last[neurons] = np.maximum(self._last[neurons], when)
 
     def recent(self) -> IntArray:
         """[k] neurons that the window's tokens used."""

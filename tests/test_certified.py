@@ -17,6 +17,7 @@ from transformers.activations import ReLUSquaredActivation
 
 from hf_flash.families import FATReLU, zero_below
 from hf_flash.gates import certified
+from hf_flash.gates.ago import NEVER
 from hf_flash.gates.certified import GROUP, CertifiedGate, Sketch, join_codes, sketch_bytes, split_codes
 from hf_flash.plan import IntArray
 
@@ -47,7 +48,7 @@ def fires(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act:
 
 def decisions(gate: CertifiedGate, x: torch.Tensor, bias: torch.Tensor | None) -> list[torch.Tensor]:
     """[n_tokens, n_neurons] bool by torch operations, and token by token as `decide` has it (natively where built)."""
-    last = [gate.decide(token[None], bias)[1] for token in x]
+    last = [gate.decide(token[None], bias)[1] == 0 for token in x]
     return [gate.wanted(x, bias), torch.stack(last)]
 
 
@@ -300,11 +301,15 @@ def test_decide_is_the_union_and_the_last_token(n_tokens: int) -> None:
     weight, x = draw((300, 100), "normal", 1).float(), draw((100, n_tokens), "normal", 2).float().t()
     bias = draw((300, 2), "normal", 3).float()[:, 0]  # neither x nor the bias is contiguous
     gate = CertifiedGate(Sketch.of(weight, 6))
-    ids, last = gate.decide(x, bias)
+    ids, ago = gate.decide(x, bias)
     any_token = mask(ids, 300)
     each = decisions(gate, x, bias)[1] if n_tokens else torch.zeros(0, 300, dtype=torch.bool)
     assert (any_token != each.any(0)).sum() <= 1  # sums in another order may differ on the edge
-    assert (last != each[-1:].any(0)).sum() <= 1
+    assert ((ago == 0) != each[-1:].any(0)).sum() <= 1
+    latest = (n_tokens - 1 - torch.arange(n_tokens)[:, None]).expand(n_tokens, 300).clone()  # tokens ago
+    latest = latest.masked_fill(~each, NEVER).amin(0) if n_tokens else torch.full((300,), NEVER)
+    assert ((ago > latest) & (latest < NEVER)).sum() <= 1, "never longer ago than it was"
+    assert ((latest - ago > certified.GATE_TOKENS) & (latest < NEVER)).sum() <= 1
 
 
 def test_float32_products_in_less_than_float32_widen_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_tokens_of_20_prompts_at_once_under_every_kind_of_cap(
         share = {"all": 1.0, "half": 0.5}[want]
         assert share - 0.01 <= held / n_neurons < share + 0.26  # gate `all` pins by the layer or the chunk
     else:
-        assert held < 0.1 * n_neurons
+        assert held < 0.15 * n_neurons
     assert_greedy(greedy(model, prompts, N_TOKENS), wanted, dense)
     assert_greedy(greedy(model, prompts[:1], 40), wanted[:1, : prompts.shape[1] + 40], dense)
 

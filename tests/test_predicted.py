@@ -52,9 +52,9 @@ def test_decide_unites_the_tokens_and_tells_the_last_one() -> None:
     predictor = draw(200, 24, 6, seed=1, threshold=9.0)
     x = torch.randn(150, 24, generator=torch.Generator().manual_seed(2))
     wanted = torch.cat([predictor.wanted(row[None]) for row in x])
-    neurons, recent = PredictedGate(predictor).decide(x)
+    neurons, ago = PredictedGate(predictor).decide(x)
     assert torch.equal(torch.from_numpy(neurons), wanted.any(0).nonzero()[:, 0])
-    assert torch.equal(recent, wanted[-1])
+    assert torch.equal(ago == 0, wanted[-1])
     assert 0 < len(neurons) < 200
     assert len(PredictedGate(predictor).decide(x[:0])[0]) == 0
 

@@ -28,7 +28,7 @@ struct Inputs {
   const float *x;                                // [T, groups * 64], zero-padded
   const float *constant, *squares, *norms;       // [T, groups]: what codes leave out; |x_g|^2 and |x_g| from above
   const float *size;                             // [T]: |x|, infinite where the token is not judged
-  uint8_t last_mark;                             // 2 if the last of these tokens is the last of all, else 0
+  uint8_t mark, last_mark;                       // of a neuron that one of them wants; that the last one wants
   float tail, gamma, per_norm, tiny, unit, threshold;  // tail < 0: the deterministic bound alone
   // Of one token, for the scan in whole numbers: x = scale * (256 * high + low), but for `rest` in norm.
   const int8_t *high, *low;  // [groups * 64], null where the scan is in floats
@@ -131,7 +131,7 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
       sums[g % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(factor[g]), sums[g % 2]);
     }
     score += _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-    wanted[i] = static_cast<uint8_t>(3 * judge(s, in, i, 0, score, squares, sure));
+    wanted[i] = judge(s, in, i, 0, score, squares, sure) ? in->last_mark : 0;
   }
 }
 
@@ -160,9 +160,9 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
 
 extern "C" {
 
-// ids [n] <- the neurons that cannot be proved silent for one of T tokens, sorted; recent [n] <- 1 where the last token
-// wants it. What of `recent` is not 0 before is passed over. `offset` [groups * 64] is what a code of 0 stands for, in
-// steps of its own. Returns how many ids there are.
+// ids [n] <- the neurons that cannot be proved silent for one of T tokens, sorted; returns how many there are. marks [n] <-
+// 1 where the last token wants it, else 2 where the last 8 tokens do, 3 the 8 before, ..., 0 where none does; a neuron that is
+// PASSED_OVER before is not looked at. `offset` [groups * 64] is what a code of 0 stands for, in steps of its own.
 //
 // `found`, where it is not null, is called meanwhile, by the calling thread: found(arg, n, end) when all neurons below
 // `end` are decided and n ids are there.
@@ -170,7 +170,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
                       const uint64_t *plane6, const uint64_t *plane7, const uint64_t *plane8, const uint16_t *step,
                       const float *norm, const float *offset, const float *bias, int bits, float tail, float gamma,
                       float per_norm, float tiny, float unit, float threshold, float least, float most, int64_t *ids,
-                      uint8_t *recent, Found found, void *arg) {
+                      uint8_t *marks, Found found, void *arg) {
   const int64_t groups = (d + GROUP - 1) / GROUP;
   const Sketch s{nibbles, {plane5, plane6, plane7, plane8}, step, norm, bias, groups, bits};
   std::vector<float> padded(static_cast<size_t>(T * groups * GROUP), 0.0f), sums(static_cast<size_t>(3 * T * groups)),
@@ -203,8 +203,9 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
   std::vector<Inputs> some;  // MAX_TOKENS of them at a time, the last ones first
   for (int64_t end = T, t; end > 0; end = t) {
     t = std::max<int64_t>(0, end - MAX_TOKENS);
+    const uint8_t mark = static_cast<uint8_t>(LAST + 1 + some.size());
     some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
-                    norms + t * groups, size.data() + t, static_cast<uint8_t>(end == T ? 2 : 0), tail, gamma, per_norm,
+                    norms + t * groups, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
                     tiny, unit, threshold, in_whole ? whole.high.data() : nullptr, whole.low.data(), whole.middle.data(),
                     whole.scale.data(), whole.rest});
   }
@@ -218,8 +219,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
       const int64_t end = std::min(n, (collected + 1) * tile);
       for (int64_t i = collected * tile; i < end; i++) {
         ids[count] = i;
-        count += recent[i] & 1;
-        recent[i] >>= 1;
+        count += marks[i] && marks[i] != PASSED_OVER;
       }
       if (found) found(arg, count, end);
     }
@@ -229,11 +229,11 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
       const int64_t begin = mine * tile, end = std::min(n, begin + tile);
       for (const Inputs &in : some) {
         switch (bits) {
-          case 4: scan<4>(&s, &in, begin, end, recent); break;
-          case 5: scan<5>(&s, &in, begin, end, recent); break;
-          case 6: scan<6>(&s, &in, begin, end, recent); break;
-          case 7: scan<7>(&s, &in, begin, end, recent); break;
-          default: scan<8>(&s, &in, begin, end, recent);
+          case 4: scan<4>(&s, &in, begin, end, marks); break;
+          case 5: scan<5>(&s, &in, begin, end, marks); break;
+          case 6: scan<6>(&s, &in, begin, end, marks); break;
+          case 7: scan<7>(&s, &in, begin, end, marks); break;
+          default: scan<8>(&s, &in, begin, end, marks);
         }
       }
       done[static_cast<size_t>(mine)].store(true, std::memory_order_release);

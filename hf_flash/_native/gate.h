@@ -4,11 +4,13 @@
 
 extern "C" {
 
+constexpr uint8_t LAST = 1, PASSED_OVER = 255;  // marks
+
 typedef void (*Found)(void *arg, int64_t n, int64_t end);  // see gate.cpp
 
 int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uint8_t *nibbles, const uint64_t *plane5,
                       const uint64_t *plane6, const uint64_t *plane7, const uint64_t *plane8, const uint16_t *step,
                       const float *norm, const float *offset, const float *bias, int bits, float tail, float gamma,
                       float per_norm, float tiny, float unit, float threshold, float least, float most, int64_t *ids,
-                      uint8_t *recent, Found found, void *arg);
+                      uint8_t *marks, Found found, void *arg);
 }

@@ -81,7 +81,7 @@ template <int BITS, int T> INLINE void add_group(const Sketch *s, const Inputs *
   for (int64_t t = 0; t < (T ? T : in->T); t++) sums[t] += step * product(q, in->x + (t * s->groups + g) * GROUP);
 }
 
-// wanted[i] |= 1 where a token wants neuron i, 2 where the last one does. What is wanted already is passed over.
+// wanted[i] <- a mark where a token wants neuron i. What has one already is passed over.
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
   const int64_t groups = s->groups, ahead = 32;  // groups fetched ahead
   std::vector<float> step(static_cast<size_t>(groups));
@@ -116,6 +116,6 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
       last = judge(s, in, i, t, score, squares, sure);
       any |= last;
     }
-    wanted[i] = static_cast<uint8_t>(any | (last ? in->last_mark : 0));
+    wanted[i] = last ? in->last_mark : any ? in->mark : 0;
   }
 }

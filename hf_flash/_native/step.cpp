@@ -54,7 +54,7 @@ struct Step {  // step.py has the same fields in the same order
   double gate_s, wait_s, ffn_s;
   // Scratch.
   int64_t *ids, *slots, *early_ids;  // [n]
-  uint8_t *recent;       // [n]
+  uint8_t *marks;        // [n]
 };
 }
 
@@ -75,7 +75,6 @@ int land(Step *s, void **batch) {
 }
 
 const double COLD = -2;  // log2 of a score below which a neuron is not guessed at: it fires less than once in 350 tokens
-const uint8_t PASSED_OVER = 4;
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
@@ -242,7 +241,7 @@ extern "C" {
 int64_t hf_flash_step_bytes() { return sizeof(Step); }
 
 // y [T, d_out] = the FFN of x [T, d], both of `dtype`. 0: done; 1: a read failed; 2: a signal came, call
-// hf_flash_step_on; 3: more neurons are wanted than there are slots (ids and recent are there): no time has passed, but
+// hf_flash_step_on; 3: more neurons are wanted than there are slots (ids are there): no time has passed, but
 // some of them may have been read.
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
   const double begun = now();
@@ -252,11 +251,11 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
   const auto found = [](void *arg, int64_t n, int64_t end) { static_cast<Meanwhile *>(arg)->found(n, end); };
   {
     const std::vector<float> x32 = to_float(x, T * s->d, dtype);
-    std::memset(s->recent, 0, static_cast<size_t>(s->n));
+    std::memset(s->marks, 0, static_cast<size_t>(s->n));
     s->n_wanted = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, s->planes[0], s->planes[1], s->planes[2],
                                 s->planes[3], s->step, s->norm, s->offset, s->gated ? s->gate_bias : s->up_bias,
                                 static_cast<int>(s->bits), s->tail, a[0], a[1], a[2], a[3], s->bar, s->least, s->most,
-                                s->ids, s->recent, found, &meanwhile);
+                                s->ids, s->marks, found, &meanwhile);
   }
   s->gate_s = now() - begun - meanwhile.spent, s->wait_s = s->ffn_s = 0;
   if (s->n_wanted > s->n_slots) {
@@ -278,10 +277,10 @@ int hf_flash_step_early(Step *s, const void *x, int64_t T, int dtype) {
   s->n_early = s->early_bytes = 0;
   const std::vector<float> x32 = to_float(x, T * s->d, dtype);
   const double cold = static_cast<double>(s->clock) / s->half_life + COLD;
-  for (int64_t i = 0; i < s->n; i++) s->recent[i] = s->key[i] < cold ? PASSED_OVER : 0;
+  for (int64_t i = 0; i < s->n; i++) s->marks[i] = s->key[i] < cold ? PASSED_OVER : 0;
   const int64_t n = hf_flash_gate(x32.data(), T, s->d, s->n, s->nibbles, nullptr, nullptr, nullptr, nullptr, s->step, s->norm,
                                   s->offset4, s->gated ? s->gate_bias : s->up_bias, 4, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, s->bar,
-                                  s->least, s->most, s->early_ids, s->recent, nullptr, nullptr);
+                                  s->least, s->most, s->early_ids, s->marks, nullptr, nullptr);
   if (n > s->n_slots) return 0;
   s->clock += T;  // the time of the step to come
   std::vector<int64_t> missing;

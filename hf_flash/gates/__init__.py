@@ -18,4 +18,4 @@ class Gate(Protocol):
     """Decides which neurons some tokens need."""
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
-        """Sorted numbers of the neurons that any of the tokens needs, and [n_neurons] bool: those of the last one."""
+        """Sorted numbers of the neurons that any token needs; [n_neurons] int32, how many tokens ago (ago.py)."""

@@ -51,6 +51,7 @@ import time
 import torch
 
 from hf_flash import native, trace
+from hf_flash.gates.ago import NEVER, never, note
 from hf_flash.layout import round_up
 from hf_flash.plan import IntArray
 
@@ -274,38 +275,38 @@ class CertifiedGate:
         return ~(self.upper(x, bias) <= self.bar)
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
-        """Which neurons any of some tokens may need, and which the last one may; natively where that is built.
+        """Which neurons any of some tokens may need, and how long ago; natively where that is built.
 
         Args:
             x: [n_tokens, d_model]. bias: [n_neurons] or None.
 
         Returns:
-            Sorted neuron numbers, and [n_neurons] bool.
+            Sorted neuron numbers; [n_neurons] int32, how many tokens ago each was wanted (ago.py), 0 by the last one.
         """
-        union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)
-        recent = union
+        ago = never(self.sketch.norm.shape[0])
+        start, n_later = time.perf_counter(), len(x)
         if native.available():
-            for tokens in x.split(NATIVE_TOKENS):
-                wanted, recent = self._scan(tokens, bias)
-                if len(tokens) == len(x):
-                    return wanted, recent
-                union[torch.from_numpy(wanted)] = True
-            return union.nonzero()[:, 0].numpy(), recent
-        start = time.perf_counter()
-        for tokens in x.split(GATE_TOKENS):
-            named = self.wanted(tokens, bias)
-            union |= named.any(0)
-            recent = named[-1:].any(0)  # which holds for no tokens too
-        if trace.active is not None:
-            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(union))
-        return union.nonzero()[:, 0].numpy(), recent
+            for tokens in reversed(x.split(NATIVE_TOKENS)):
+                self._scan(tokens, bias, ago, len(x) - n_later)
+                n_later -= len(tokens)
+        else:
+            for tokens in x.split(GATE_TOKENS):
+                n_later -= len(tokens)
+                note(ago, self.wanted(tokens, bias), n_later)
+            if trace.active is not None:
+                trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(ago))
+        return (ago < NEVER).nonzero()[:, 0].numpy(), ago
 
-    def _scan(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[IntArray, torch.Tensor]:
+    def _scan(self, x: torch.Tensor, bias: torch.Tensor | None, ago: torch.Tensor, n_later: int) -> None:
+        """Notes in `ago` who is wanted, of those that no later token wants."""
         per_norm, tiny = self.per_norm(x.dtype)
-        return native.gate(
+        ids, marks = native.gate(
             x, self.sketch, self._offset, self._bias_like(x, bias), self.tail, self.gamma(), per_norm, tiny,
-            UNIT[x.dtype], self.bar, INPUTS,
+            UNIT[x.dtype], self.bar, INPUTS, decided=ago < NEVER if n_later else None,
         )  # fmt: skip
+        new = torch.from_numpy(ids)
+        mark = marks[new].to(torch.int32)
+        ago[new] = n_later + torch.where(mark == 1, 0, ((mark - 2) * native.MAX_TOKENS).clamp_min(1))
 
     def _bias_like(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The bias rounded to x's dtype, in float32; made anew when it changed."""

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash import trace
+from hf_flash.gates.ago import NEVER, never, note
 from hf_flash.plan import IntArray
 
 PREDICT_TOKENS = 64  # tokens scored at a time: bounds the scratch memory
@@ -102,21 +103,19 @@ class PredictedGate:
         self.predictor = predictor
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
-        """Which neurons any of some tokens are said to need, and which the last one is.
+        """Which neurons any of some tokens are said to need, and how long ago.
 
         Args:
             x: [n_tokens, d_model]. bias: of the layer; the predictor has learned it.
 
         Returns:
-            Sorted neuron numbers, and [n_neurons] bool.
+            Sorted neuron numbers; [n_neurons] int32, how many tokens ago each was wanted (ago.py), 0 by the last one.
         """
         start = time.perf_counter()
-        union = torch.zeros(self.predictor.outer.shape[0], dtype=torch.bool)
-        recent = union
+        ago, n_later = never(self.predictor.outer.shape[0]), len(x)
         for tokens in x.split(PREDICT_TOKENS):
-            wanted = self.predictor.wanted(tokens)
-            union = union | wanted.any(0)
-            recent = wanted[-1:].any(0)  # which holds for no tokens too
+            n_later -= len(tokens)
+            note(ago, self.predictor.wanted(tokens), n_later)
         if trace.active is not None:
-            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(union))
-        return union.nonzero()[:, 0].numpy(), recent
+            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(ago))
+        return (ago < NEVER).nonzero()[:, 0].numpy(), ago

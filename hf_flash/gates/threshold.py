@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from hf_flash import native, trace
+from hf_flash.gates.ago import NEVER, never, note
 from hf_flash.gates.certified import BLOCK_NEURONS, INPUTS, Sketch
 from hf_flash.ops import Activation
 from hf_flash.plan import IntArray
@@ -88,30 +89,27 @@ class ThresholdGate:
         return out
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
-        """Which neurons any of some tokens is estimated to need, and which the last one is; natively where built.
+        """Which neurons any of some tokens is estimated to need, and how long ago; natively where built.
 
         Args:
             x: [n_tokens, d_model]. bias: [n_neurons] or None.
 
         Returns:
-            Sorted neuron numbers, and [n_neurons] bool.
+            Sorted neuron numbers; [n_neurons] int32, how many tokens ago each was wanted (ago.py), 0 by the last one.
         """
         start = time.perf_counter()
-        union = torch.zeros(self.sketch.norm.shape[0], dtype=torch.bool)
-        recent = union
+        ago, n_later = never(self.sketch.norm.shape[0]), len(x)
         few = native.available() and x.shape[0] <= native.MAX_TOKENS and self._crossings is not None
         for tokens in x.split(1 if few else SCORE_TOKENS):
+            n_later -= len(tokens)
             if few:
-                recent = self._scan(tokens, bias)
-                union = union | recent
+                note(ago, self._scan(tokens, bias).unsqueeze(0), n_later)
                 continue
-            recent = torch.empty_like(union)
             for part, wanted in self._blocks(tokens, bias):
-                union[part] |= wanted.any(0)
-                recent[part] = wanted[-1]
+                note(ago[part], wanted, n_later)
         if trace.active is not None:
-            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(union))
-        return union.nonzero()[:, 0].numpy(), recent
+            trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=len(ago))
+        return (ago < NEVER).nonzero()[:, 0].numpy(), ago
 
     def _scan(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One token's wanted neurons, [n_neurons] bool: scans that ask where the estimate is above a number."""
@@ -122,7 +120,7 @@ class ThresholdGate:
             found = native.gate(
                 x, self.sketch, self._offset, rounded, 0.0, 0.0, 0.0, 0.0, 0.0, float(np.float32(number)), INPUTS
             )  # a bound of width zero: the estimate itself
-            return found[1]
+            return found[1].bool()
 
         *dips, last = self._crossings
         wanted = above(last[0])
