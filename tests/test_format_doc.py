@@ -1,7 +1,6 @@
 """docs/format.md is true: the reader printed there reads what we write, and the rules hold for what we write."""
 
 import ast
-import importlib
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ from transformers.utils.logging import warning_once
 
 import hf_flash
 from hf_flash import format as flash_format
+from hf_flash import gate_file
 from hf_flash.families import find_blocks
 from hf_flash.format import FORMAT_VERSION, PAD_PREFIX, read_header
 from hf_flash.store import LAYERS_KEY
@@ -193,7 +193,7 @@ def test_version_1_is_still_read(
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
     with monkeypatch.context() as patch:
         patch.setattr(flash_format, "FORMAT_VERSION", 1)
-        patch.setattr(importlib.import_module("hf_flash.repack"), "SKETCH_KIND", "sketch")
+        patch.setattr(gate_file, "SKETCH_KIND", "sketch")
         flash = hf_flash.repack(tmp_path / "stock", tmp_path / "flash", pack=False, progress=False)
     for path in flash.glob("*.safetensors"):
         assert read_header(path).metadata["hf_flash.format_version"] == "1"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ from tiny_models import causal
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hf_flash
-from hf_flash import FlashConfig, native
+from hf_flash import FlashConfig, gate_file, native
 from hf_flash.errors import DiskFullError
+from hf_flash.families import FFNBlock
 from hf_flash.format import PAD_PREFIX, TensorFileWriter, read_header, verify_file
 from hf_flash.store import LAYERS_KEY, flash_file_names
 
@@ -151,8 +153,12 @@ def test_files_of_an_older_version_are_made_anew(
         assert tokens_of(model) == dense_tokens(stock)
         return set(hf_flash.stats(model).plan["gates"].values())
 
+    def older_kinds(blocks: list[FFNBlock], bits: int) -> dict[str, dict[str, Any]]:
+        kinds = gate_file.sketch_kinds(blocks, bits)
+        return {path: {**kind, "kind": "sketch"} for path, kind in kinds.items()}
+
     with monkeypatch.context() as patch:
-        patch.setattr(module, "SKETCH_KIND", "sketch")
+        patch.setattr(module, "sketch_kinds", older_kinds)
         patch.setattr(module, "_identity", lambda source, gate_bits: f"{source.identity()}-{gate_bits}")
         assert gates() == {"all"}
     assert gates() == {"certified"}
