@@ -14,7 +14,7 @@ namespace {
 
 template <int TYPE> constexpr int SIZE = TYPE == F32 ? 4 : 2;
 constexpr int64_t BLOCK = 32;    // numbers of a row that the loops take at a time
-constexpr int64_t AHEAD = 2048;  // bytes fetched ahead of each row
+constexpr int64_t AHEAD = 1536;  // bytes fetched ahead of each row
 
 template <int TYPE> INLINE float one(const uint8_t *at, int64_t k) {  // number k from `at`
   if (TYPE == F32) {
@@ -56,7 +56,7 @@ template <int TYPE> int64_t run(const Ffn &f, float *out) {
 }
 
 int64_t run_mixed(Ffn f, float *out) {
-  std::vector<float> x(static_cast<size_t>(f.T * f.d)), sums(static_cast<size_t>(f.T * f.d_out), 0.0f);
+  Floats x(f.T * f.d), sums(f.T * f.d_out);
   for (int64_t t = 0; t < f.T; t++) mix(f.x + t * f.d, f.d, x.data() + t * f.d);
   f.x = x.data();
   const int64_t fired = run<BF16>(f, sums.data());
