@@ -2,8 +2,8 @@
 
 `sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
 every byte of the rows is used: 500, 1000 and 2000 rows at random places, others in every call, which no cache holds.
-Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in
-turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
+Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB in huge pages, as the rows
+are, with as many threads, in turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
 On a machine that others use too the sweep, one long pass, loses more than the kernels: a share above 100 % says so.
 """
 
@@ -30,19 +30,25 @@ def gb_per_s(n_bytes: int, call: Callable[[], Any]) -> float:
 
 
 class Sweep:
-    """Plain passes over memory; the fastest kind of each turn counts."""
+    """Plain passes over memory in huge pages, where they are 4 to 8 % faster than over what torch allocates."""
 
     def __init__(self, n_bytes: int) -> None:
         import torch
 
         from hf_flash.memory import aligned_empty
 
-        x = aligned_empty(n_bytes).view(torch.float32).fill_(1)  # in huge pages, as the rows are: faster than torch.ones
+        x = aligned_empty(n_bytes).view(torch.float32).fill_(1)
         vector = torch.ones(4096)
         self.n_bytes, self.kinds = n_bytes, [x.sum, lambda: torch.dot(x, x), lambda: torch.mv(x.view(-1, 4096), vector)]
 
-    def run(self) -> float:
-        return max(gb_per_s(self.n_bytes, kind) for kind in self.kinds)
+    def run(self) -> list[float]:
+        """GB/s of each kind."""
+        return [gb_per_s(self.n_bytes, kind) for kind in self.kinds]
+
+
+def fastest(sweeps: list[list[float]]) -> float:
+    """GB/s of the kind that is fastest in the median of some runs."""
+    return max(statistics.median(kind) for kind in zip(*sweeps, strict=True))
 
 
 def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
@@ -74,7 +80,7 @@ def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
         picked = values[slots].float()
         want = torch.relu(x.float() @ picked[:, :d].t()).to(dtype).float() @ picked[:, d:]
         error = float((y - want).norm() / want.norm())
-        ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
+        ours, ceiling = statistics.median(speeds), fastest(sweeps)
         found.append({
             "kernel": "sparse_ffn", "dtype": name, "rows": n, "gb_per_s": ours, "sweep_gb_per_s": ceiling,
             "share": ours / ceiling, "best_gb_per_s": max(speeds), "error": error,
@@ -96,7 +102,8 @@ def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
     x = torch.randn(1, d).bfloat16()
     wanted, upper = torch.zeros(small, dtype=torch.bool), gate.upper(x)[0]
     wanted[torch.from_numpy(gate.decide(x)[0])] = True
-    sure = upper.abs() > 1e-4 * upper.abs().max()  # elsewhere the order of a float sum decides
+    off = 1e-4 * upper.abs().max()  # here the order of a float sum decides, and what whole numbers leave out of x
+    sure = upper.abs() > off + sketch.norm * x.float().abs().max() * math.sqrt(d) / 32512
     right = bool((wanted == (upper > 0))[sure].all())
     times = args.slots // small
     many = {name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in sketch.tensors().items() if name != "dither"}
@@ -108,7 +115,7 @@ def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
     for _ in range(args.turns):
         speeds += [gb_per_s(big.n_bytes, lambda: gate.decide(x)) for _ in range(4)]
         sweeps.append(sweep.run())
-    ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
+    ours, ceiling = statistics.median(speeds), fastest(sweeps)
     return {
         "kernel": "gate_scan", "dtype": "8 bits", "rows": big.norm.shape[0], "gb_per_s": ours,
         "sweep_gb_per_s": ceiling,
@@ -144,7 +151,7 @@ def main() -> None:
     sweep = Sweep(args.sweep_bytes)
     for threads in args.kernel_threads:
         torch.set_num_threads(threads)
-        print(f"ceiling: plain sweep, {threads} threads: {max(sweep.run() for _ in range(3)):.1f} GB/s")
+        print(f"ceiling: plain sweep, {threads} threads: {fastest([sweep.run() for _ in range(3)]):.1f} GB/s")
         found = [row for name in DTYPES for row in ffn_rows(args, name, sweep)]
         rows += [{"threads": threads, **row} for row in [*found, gate_row(args, sweep)]]
     table = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share", "best GB/s"]]

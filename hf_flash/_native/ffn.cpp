@@ -1,8 +1,9 @@
 // The sparse FFN over slots: a few tokens, some neurons, no row copied. Reference: ops.hidden and ops.project.
 //
 // Four rows at a time: inputs and sums are loaded once for four, and four streams of memory are under way at once, which
-// a core needs to keep its memory busy. Rows lie anywhere, so those of 16-bit numbers, which take longer to widen than to
-// multiply, are fetched ahead by hand; for float32 the hardware does better (benchmarks/kernels.py).
+// a core needs to keep its memory busy. How many loads it has under way itself depends on how many instructions a line
+// takes, so 16-bit numbers, which must be widened, are fetched a little ahead by hand, and bfloat16 is widened where it
+// lies, the even numbers of a line and the odd ones. For float32 the hardware does better alone (benchmarks/kernels.py).
 #include "ffn.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

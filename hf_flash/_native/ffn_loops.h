@@ -3,18 +3,16 @@
 #if LEVEL == 4
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
-INLINE void widen_f16(const uint8_t *at, Vec *out) {  // one load for both: halves of a line cost as much as lines
-  const __m512i both = _mm512_loadu_si512(at);
-  out[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(both));
-  out[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+INLINE void widen_f16(const uint8_t *at, Vec *out) {
+  for (int half = 0; half < 2; half++)
+    out[half] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at) + half));
 }
 #elif LEVEL == 3
 typedef float Vec __attribute__((vector_size(32)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
 INLINE void widen_f16(const uint8_t *at, Vec *out) {
-  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
-  out[0] = (Vec)_mm256_cvtph_ps(_mm256_castsi256_si128(both));
-  out[1] = (Vec)_mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+  for (int half = 0; half < 2; half++)
+    out[half] = (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(at) + half));
 }
 #else
 typedef float Vec __attribute__((vector_size(16)));
