@@ -3,7 +3,8 @@
 `sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
 every byte of the rows is used: 500, 1000 and 2000 rows at random places, others in every call, which no cache holds.
 Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB that torch allocates, and
-over 512 MiB in huge pages, where the rows lie too, with as many threads, in turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
+over 512 MiB in huge pages, where the rows lie too, with as many threads, in turns. Medians count. `gate_scan` (8 bits)
+reads its sketch from end to end. Outputs are compared with torch operations.
 On a machine that others use too the sweep, one long pass, loses more than the kernels: a share above 100 % says so.
 """
 
@@ -168,8 +169,8 @@ def main() -> None:
     met_by = {n: all(r.get("met", True) for r in rows if r["threads"] == n) for n in args.kernel_threads}
     words = ", ".join(f"{'yes' if yes else 'not all'} with {n}" for n, yes in met_by.items())
     print(f"outputs {'right' if right else 'WRONG'}; sparse_ffn at {MIN_SHARE:.0%} of the sweep, by threads: {words}")
-    result = {"benchmark": "kernels", "min_share": MIN_SHARE, "rows": rows, "met": met_by, "right": right, "machine": info}
-    common.finish(result, args.json)
+    result = {"benchmark": "kernels", "min_share": MIN_SHARE, "rows": rows, "met": met_by, "right": right}
+    common.finish({**result, "machine": info}, args.json)
     if not right:
         raise SystemExit("kernels: an output differs from torch's")
 
