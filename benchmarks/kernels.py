@@ -2,14 +2,16 @@
 
 `sparse_ffn` at batch 1 on rows of OPT-6.7B's shape (d_model 4096, 16384 rows, no gate), all of them firing, so that
 every byte of the rows is used: 500, 1000 and 2000 rows at random places, others in every call, which no cache holds.
-Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB, with as many threads, in
-turns. Medians count. `gate_scan` (8 bits) reads its sketch from end to end. Outputs are compared with torch operations.
+Beside it the fastest plain sweep that torch has (sum, dot, matrix times vector) over 512 MiB that torch allocates, and
+over 512 MiB in huge pages, where the rows lie too, with as many threads, in turns. Medians count. `gate_scan` (8 bits)
+reads its sketch from end to end. Outputs are compared with torch operations.
 On a machine that others use too the sweep, one long pass, loses more than the kernels: a share above 100 % says so.
 """
 
 # ruff: noqa: PLC0415  (--help needs no torch)
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -30,17 +32,32 @@ def gb_per_s(n_bytes: int, call: Callable[[], Any]) -> float:
 
 
 class Sweep:
-    """Plain passes over memory; the fastest kind of each turn counts."""
+    """Plain passes over memory: of torch, and in huge pages, where they are 4 to 8 % faster."""
 
     def __init__(self, n_bytes: int) -> None:
         import torch
 
-        x = torch.ones(n_bytes // 4)
-        vector = torch.ones(4096)
-        self.n_bytes, self.kinds = n_bytes, [x.sum, lambda: torch.dot(x, x), lambda: torch.mv(x.view(-1, 4096), vector)]
+        from hf_flash.memory import aligned_empty
 
-    def run(self) -> float:
-        return max(gb_per_s(self.n_bytes, kind) for kind in self.kinds)
+        self.n_bytes, self._vector = n_bytes, torch.ones(4096)
+        self._memories = [torch.ones(n_bytes // 4), aligned_empty(n_bytes).view(torch.float32).fill_(1)]
+
+    def run(self) -> list[list[float]]:
+        """GB/s of each kind of pass, over either memory."""
+        import torch
+
+        kinds = [torch.sum, lambda x: torch.dot(x, x), lambda x: torch.mv(x.view(-1, 4096), self._vector)]
+        return [[gb_per_s(self.n_bytes, functools.partial(kind, x)) for kind in kinds] for x in self._memories]
+
+
+def figures(speeds: list[float], sweeps: list[list[list[float]]]) -> dict[str, float]:
+    """Medians of some speeds beside those of the fastest kind of sweep."""
+    ours = statistics.median(speeds)
+    torchs, huge = (max(map(statistics.median, zip(*turns, strict=True))) for turns in zip(*sweeps, strict=True))
+    return {
+        "gb_per_s": ours, "best_gb_per_s": max(speeds), "sweep_gb_per_s": torchs, "share": ours / torchs,
+        "huge_sweep_gb_per_s": huge, "share_of_huge": ours / huge,
+    }  # fmt: skip
 
 
 def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
@@ -72,12 +89,8 @@ def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
         picked = values[slots].float()
         want = torch.relu(x.float() @ picked[:, :d].t()).to(dtype).float() @ picked[:, d:]
         error = float((y - want).norm() / want.norm())
-        ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
-        found.append({
-            "kernel": "sparse_ffn", "dtype": name, "rows": n, "gb_per_s": ours, "sweep_gb_per_s": ceiling,
-            "share": ours / ceiling, "best_gb_per_s": max(speeds), "error": error,
-            "right": right and error <= TOLERANCE, "met": ours >= MIN_SHARE * ceiling,
-        })  # fmt: skip
+        row = {"kernel": "sparse_ffn", "dtype": name, "rows": n, **figures(speeds, sweeps), "error": error}
+        found.append({**row, "right": right and error <= TOLERANCE, "met": row["share"] >= MIN_SHARE})
     return found
 
 
@@ -94,7 +107,8 @@ def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
     x = torch.randn(1, d).bfloat16()
     wanted, upper = torch.zeros(small, dtype=torch.bool), gate.upper(x)[0]
     wanted[torch.from_numpy(gate.decide(x)[0])] = True
-    sure = upper.abs() > 1e-4 * upper.abs().max()  # elsewhere the order of a float sum decides
+    off = 1e-4 * upper.abs().max()  # here the order of a float sum decides, and what whole numbers leave out of x
+    sure = upper.abs() > off + sketch.norm * x.float().abs().max() * math.sqrt(d) / 32512
     right = bool((wanted == (upper > 0))[sure].all())
     times = args.slots // small
     many = {name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in sketch.tensors().items() if name != "dither"}
@@ -106,12 +120,8 @@ def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
     for _ in range(args.turns):
         speeds += [gb_per_s(big.n_bytes, lambda: gate.decide(x)) for _ in range(4)]
         sweeps.append(sweep.run())
-    ours, ceiling = statistics.median(speeds), statistics.median(sweeps)
-    return {
-        "kernel": "gate_scan", "dtype": "8 bits", "rows": big.norm.shape[0], "gb_per_s": ours,
-        "sweep_gb_per_s": ceiling,
-        "share": ours / ceiling, "best_gb_per_s": max(speeds), "right": right,
-    }  # fmt: skip
+    row = {"kernel": "gate_scan", "dtype": "8 bits", "rows": big.norm.shape[0]}
+    return {**row, **figures(speeds, sweeps), "right": right}
 
 
 def parse() -> Any:
@@ -142,24 +152,25 @@ def main() -> None:
     sweep = Sweep(args.sweep_bytes)
     for threads in args.kernel_threads:
         torch.set_num_threads(threads)
-        print(f"ceiling: plain sweep, {threads} threads: {max(sweep.run() for _ in range(3)):.1f} GB/s")
+        ceiling = figures([0], [sweep.run() for _ in range(3)])
+        print(
+            f"ceiling: plain sweep, {threads} threads: {ceiling['sweep_gb_per_s']:.1f} GB/s, in huge pages "
+            f"{ceiling['huge_sweep_gb_per_s']:.1f}"
+        )
         found = [row for name in DTYPES for row in ffn_rows(args, name, sweep)]
         rows += [{"threads": threads, **row} for row in [*found, gate_row(args, sweep)]]
-    table = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share", "best GB/s"]]
+    table = [["kernel", "threads", "dtype", "rows", "GB/s", "best", "sweep GB/s", "share", "in huge pages", "share"]]
     for r in rows:
-        figures = (
-            f"{r['gb_per_s']:.1f}",
-            f"{r['sweep_gb_per_s']:.1f}",
-            f"{r['share']:.0%}",
-            f"{r['best_gb_per_s']:.1f}",
-        )
-        table.append([r["kernel"], str(r["threads"]), r["dtype"], str(r["rows"]), *figures])
+        of = f"{r['sweep_gb_per_s']:.1f}", f"{r['share']:.0%}", f"{r['huge_sweep_gb_per_s']:.1f}"
+        cells = f"{r['gb_per_s']:.1f}", f"{r['best_gb_per_s']:.1f}", *of, f"{r['share_of_huge']:.0%}"
+        table.append([r["kernel"], str(r["threads"]), r["dtype"], str(r["rows"]), *cells])
     print(common.table(table))
-    right, met = all(r["right"] for r in rows), all(r.get("met", True) for r in rows)
-    words = "yes" if met else "not all"
-    print(f"outputs {'right' if right else 'WRONG'}; sparse_ffn at {MIN_SHARE:.0%} of the sweep: {words}")
-    result = {"benchmark": "kernels", "min_share": MIN_SHARE, "rows": rows, "met": met, "right": right, "machine": info}
-    common.finish(result, args.json)
+    right = all(r["right"] for r in rows)
+    met_by = {n: all(r.get("met", True) for r in rows if r["threads"] == n) for n in args.kernel_threads}
+    words = ", ".join(f"{'yes' if yes else 'not all'} with {n}" for n, yes in met_by.items())
+    print(f"outputs {'right' if right else 'WRONG'}; sparse_ffn at {MIN_SHARE:.0%} of the sweep, by threads: {words}")
+    result = {"benchmark": "kernels", "min_share": MIN_SHARE, "rows": rows, "met": met_by, "right": right}
+    common.finish({**result, "machine": info}, args.json)
     if not right:
         raise SystemExit("kernels: an output differs from torch's")
 

@@ -175,9 +175,10 @@ def reads(result: dict[str, Any]) -> str:
 
 def kernels(result: dict[str, Any]) -> str:
     """One row per kernel, number of threads, dtype and number of rows."""
-    rows = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share of the sweep"]]
+    rows = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share", "sweep in huge pages", "share"]]
     for r in result["rows"]:
-        figures = f"{r['gb_per_s']:.1f}", f"{r['sweep_gb_per_s']:.1f}", f"{r['share']:.0%}"
+        sweeps = f"{r['sweep_gb_per_s']:.1f}", f"{r['share']:.0%}", f"{r['huge_sweep_gb_per_s']:.1f}"
+        figures = f"{r['gb_per_s']:.1f}", *sweeps, f"{r['share_of_huge']:.0%}"
         rows.append([r["kernel"], str(r["threads"]), r["dtype"], str(r["rows"]), *figures])
     return markdown(rows)
 

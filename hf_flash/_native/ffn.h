@@ -18,6 +18,19 @@ struct Ffn {
   int64_t n;
 };
 
+// Floats that begin a line of the cache, zero at first: a vector that lies in two lines costs twice as much.
+class Floats {
+ public:
+  explicit Floats(int64_t n) : lines(static_cast<size_t>((n + 15) / 16)) {}
+  float *data() { return lines.data()->numbers; }
+
+ private:
+  struct alignas(64) Line {
+    float numbers[16] = {};
+  };
+  std::vector<Line> lines;
+};
+
 INLINE float activate(float z, int act, float threshold) {
   switch (act) {
     case RELU_SQUARED: { float r = z <= 0 ? 0 : z; return r * r; }  // NaN stays NaN, as in torch
@@ -39,15 +52,16 @@ template <class F> int64_t sum_parts(int64_t n, int64_t n_out, float *out, F wor
     work(0, n, out, &fired);
     return fired;
   }
-  std::vector<float> sums(static_cast<size_t>(threads * n_out), 0.0f);
+  const int64_t stride = (n_out + 15) / 16 * 16;
+  Floats sums(threads * stride);
   std::vector<int64_t> fired(static_cast<size_t>(threads) * 8, 0);  // a cache line each
   in_parallel(threads, [&](int me) {
-    work(n * me / threads, n * (me + 1) / threads, sums.data() + me * n_out, &fired[static_cast<size_t>(me) * 8]);
+    work(n * me / threads, n * (me + 1) / threads, sums.data() + me * stride, &fired[static_cast<size_t>(me) * 8]);
   });
   int64_t total = 0;
   for (int me = 0; me < threads; me++) {
     total += fired[static_cast<size_t>(me) * 8];
-    const float *part = sums.data() + me * n_out;
+    const float *part = sums.data() + me * stride;
     for (int64_t j = 0; j < n_out; j++) out[j] += part[j];
   }
   return total;

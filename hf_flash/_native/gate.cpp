@@ -91,6 +91,24 @@ INLINE uint8_t judge(const Sketch *s, const Inputs *in, int64_t i, int64_t t, fl
 
 }  // namespace
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+namespace {
+
+template <int BITS> INLINE __m512i codes(const Sketch *s, int64_t at) {  // those of group `at`, 0 to 2^BITS - 1
+  const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(s->nibbles + at * 32));
+  __m512i c = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
+  c = _mm512_slli_epi16(_mm512_and_si512(c, _mm512_set1_epi8(15)), BITS - 4);
+  for (int k = 0; k < BITS - 4; k++)
+    c = _mm512_mask_add_epi8(c, word(s->planes[k], at), c, _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - k))));
+  return c;
+}
+
+}  // namespace
+#pragma GCC pop_options
+#endif
+
 #define LOOPS "gate_loops.h"
 #include "each_level.h"
 
@@ -118,13 +136,8 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t g = 0; g < groups; g++) {
       const int64_t at = i * groups + g;
-      const uint8_t *from = s->nibbles + at * 32;
-      __builtin_prefetch(from + ahead * 32);
-      const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
-      __m512i c = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
-      c = _mm512_slli_epi16(_mm512_and_si512(c, _mm512_set1_epi8(15)), BITS - 4);
-      for (int k = 0; k < BITS - 4; k++)
-        c = _mm512_mask_add_epi8(c, word(s->planes[k], at), c, _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - k))));
+      __builtin_prefetch(s->nibbles + (at + ahead) * 32);
+      const __m512i c = codes<BITS>(s, at);
       __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(in->high + g * GROUP));
       sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), c, _mm512_loadu_si512(in->low + g * GROUP));
       sum = _mm512_add_epi32(sum, _mm512_loadu_si512(in->middle + g * (GROUP / 4)));

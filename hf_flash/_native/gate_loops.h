@@ -3,12 +3,7 @@
 #if LEVEL == 4
 typedef float Vec __attribute__((vector_size(64)));
 template <int BITS> INLINE void decode(const Sketch *s, int64_t at, Vec *out) {  // group `at`: 64 signed codes as floats
-  const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(s->nibbles + at * 32));
-  __m512i c = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
-  c = _mm512_slli_epi16(_mm512_and_si512(c, _mm512_set1_epi8(15)), BITS - 4);
-  for (int k = 0; k < BITS - 4; k++)
-    c = _mm512_mask_add_epi8(c, word(s->planes[k], at), c, _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - k))));
-  c = _mm512_sub_epi8(c, _mm512_set1_epi8(static_cast<char>(1 << (BITS - 1))));
+  const __m512i c = _mm512_sub_epi8(codes<BITS>(s, at), _mm512_set1_epi8(static_cast<char>(1 << (BITS - 1))));
   out[0] = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(c)));
   out[1] = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(c, 1)));
   out[2] = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(c, 2)));

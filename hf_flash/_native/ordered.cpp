@@ -19,7 +19,6 @@ INLINE uint16_t rounded(float v) { return bits_bf16(round_bf16(v)); }
 }  // namespace
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
-#include <immintrin.h>
 #define ORDERED 1
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,avx512bf16")
@@ -31,20 +30,7 @@ constexpr int ROWS = 16;        // outputs in a register
 constexpr int GROUPS = 2;       // registers summed side by side: a chain waits for itself
 constexpr int NEURONS = 8;      // down rows taken together
 
-// Of 64 weights in 16-byte lanes: `first` has the first 8 of every 16, `second` the others.
-INLINE void decode(const uint8_t *low, const uint8_t *code, const Tables &t, __m512i *first, __m512i *second) {
-  const __m512i l = _mm512_loadu_si512(low);
-  const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(code));
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
-  const __m512i c = _mm512_and_si512(both, _mm512_set1_epi8(15));
-  const __m512i h = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.high)), c);
-  const __m512i g = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.low)), c);
-  const __m512i high = _mm512_ternarylogic_epi32(h, l, _mm512_set1_epi8(-128), 0xf8);  // h | (l & 0x80)
-  const __m512i down = _mm512_ternarylogic_epi32(g, l, _mm512_set1_epi8(127), 0xf8);
-  *first = _mm512_unpacklo_epi8(down, high), *second = _mm512_unpackhi_epi8(down, high);
-}
-
-// Where weight k of 64 lies in `first` and, after its 32, `second`.
+// Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
 INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
 
 // Puts the escapes of a row that lie below `end` in their places of `values` (laned), which begin at weight `from`.
@@ -113,7 +99,7 @@ void products(const Packed &p, const uint8_t *rows, int64_t stride, int64_t begi
           __builtin_prefetch(low + ahead);
           if (w % 128 == 0) __builtin_prefetch(code + ahead);
           __m512i a, b;
-          decode(low, code, p.tables, &a, &b);
+          decode_lanes(low, code, p.tables, &a, &b);
           _mm512_store_si512(some + r * BLOCK, a), _mm512_store_si512(some + r * BLOCK + 32, b);
           int32_t *escape = at + g * ROWS + r;
           if (*escape < last[g * ROWS + r]) patch(p, escape, last[g * ROWS + r], w, w + BLOCK, some + r * BLOCK);
@@ -172,7 +158,7 @@ void sums(const Packed &p, const uint8_t *rows, int64_t stride, int64_t number, 
           const uint8_t *low = row[r + s] + w, *code = row[r + s] + p.E + w / 2;
           __builtin_prefetch(low + ahead);
           if (w % 128 == 0) __builtin_prefetch(code + ahead);
-          decode(low, code, p.tables, part + 2 * s, part + 2 * s + 1);
+          decode_lanes(low, code, p.tables, part + 2 * s, part + 2 * s + 1);
           if (at[r + s] < last[r + s] && p.escapes[at[r + s]] >> 16 < w + BLOCK) {
             alignas(64) uint16_t some[BLOCK];
             _mm512_store_si512(some, part[2 * s]), _mm512_store_si512(some + 32, part[2 * s + 1]);

@@ -57,10 +57,10 @@ namespace {
 
 constexpr int64_t ROW_BLOCK = 64;  // of a matrix, that a thread takes at a time
 
-std::vector<float> shuffle(const float *x, int64_t T, int64_t d) {
-  std::vector<float> out(static_cast<size_t>(T * d));
+Floats shuffle(const float *x, int64_t T, int64_t d) {
+  Floats out(T * d);
   for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < d; j++) out[static_cast<size_t>(t * d + shuffled(j))] = x[t * d + j];
+    for (int64_t j = 0; j < d; j++) out.data()[t * d + shuffled(j)] = x[t * d + j];
   return out;
 }
 
@@ -98,7 +98,7 @@ void hf_flash_unpack(const uint8_t *rows, int64_t stride, const int64_t *slots, 
 void hf_flash_packed_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
                             const uint32_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out) {
   const Packed p(E, base, start, escapes);
-  const std::vector<float> mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
+  Floats mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
   const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
   std::vector<float> sums(static_cast<size_t>(T * n));
   const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
@@ -115,15 +115,15 @@ int64_t hf_flash_packed_ffn(const float *x, int64_t T, int64_t d, int64_t d_out,
                             const int64_t *slots, const int64_t *ids, int64_t n, const float *gate_bias,
                             const float *up_bias, int gated, int base, const int32_t *start, const uint32_t *escapes,
                             int round_dtype, int act, float threshold, float *out) {
-  const std::vector<float> mixed = shuffle(x, T, d);
-  std::vector<float> sums(static_cast<size_t>(T * d_out), 0.0f);
+  Floats mixed = shuffle(x, T, d);
+  Floats sums(T * d_out);
   const Ffn f{mixed.data(), T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
   const Packed p(d * (gated ? 2 : 1) + d_out, base, start, escapes);
   const int64_t fired = sum_parts(n, T * d_out, sums.data(), [&](int64_t begin, int64_t end, float *acc, int64_t *some) {
     CALL(ffn, &f, &p, ids, begin, end, acc, some);
   });
   for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < d_out; j++) out[t * d_out + j] += sums[static_cast<size_t>(t * d_out + shuffled(j))];
+    for (int64_t j = 0; j < d_out; j++) out[t * d_out + j] += sums.data()[t * d_out + shuffled(j)];
   return fired;
 }
 

@@ -7,15 +7,8 @@
 #if LEVEL == 4
 typedef float Vec __attribute__((vector_size(64)));
 INLINE void decode(const uint8_t *low, const uint8_t *code, const Tables &t, Vec *out) {
-  const __m512i l = _mm512_loadu_si512(low);
-  const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(code));
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
-  const __m512i c = _mm512_and_si512(both, _mm512_set1_epi8(15));
-  const __m512i h = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.high)), c);
-  const __m512i g = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)t.low)), c);
-  const __m512i high = _mm512_ternarylogic_epi32(h, l, _mm512_set1_epi8(-128), 0xf8);  // h | (l & 0x80)
-  const __m512i down = _mm512_ternarylogic_epi32(g, l, _mm512_set1_epi8(127), 0xf8);
-  const __m512i first = _mm512_unpacklo_epi8(down, high), second = _mm512_unpackhi_epi8(down, high);
+  __m512i first, second;
+  decode_lanes(low, code, t, &first, &second);
   const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   out[0] = (Vec)_mm512_slli_epi32(first, 16), out[1] = (Vec)_mm512_and_si512(first, odd);
   out[2] = (Vec)_mm512_slli_epi32(second, 16), out[3] = (Vec)_mm512_and_si512(second, odd);
@@ -197,15 +190,8 @@ void unpack(const Packed *p, const uint8_t *rows, int64_t stride, const int64_t 
       __builtin_prefetch(next + j);
       __builtin_prefetch(next + p->E + j / 2);
 #if LEVEL == 4
-      const __m512i l = _mm512_loadu_si512(low);
-      const __m256i n = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(code));
-      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(n), _mm256_srli_epi16(n, 4), 1);
-      const __m512i c = _mm512_and_si512(both, _mm512_set1_epi8(15));
-      const __m512i h = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)p->tables.high)), c);
-      const __m512i g = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)p->tables.low)), c);
-      const __m512i high = _mm512_ternarylogic_epi32(h, l, _mm512_set1_epi8(-128), 0xf8);
-      const __m512i down = _mm512_ternarylogic_epi32(g, l, _mm512_set1_epi8(127), 0xf8);
-      const __m512i first = _mm512_unpacklo_epi8(down, high), second = _mm512_unpackhi_epi8(down, high);
+      __m512i first, second;
+      decode_lanes(low, code, p->tables, &first, &second);
       const __m512i front = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), back = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
       _mm512_storeu_si512(to + j, _mm512_permutex2var_epi64(first, front, second));
       _mm512_storeu_si512(to + j + 32, _mm512_permutex2var_epi64(first, back, second));
