@@ -64,7 +64,7 @@ def watch_flash(modules: dict[str, Any]) -> dict[str, list]:
 
         def recording(x: Any, bias: Any = None, *, ask: Any = ask, path: str = path) -> Any:
             answer = ask(x, bias)
-            wanted[path].append(answer[1].unsqueeze(0))  # of the last token, which is the only one
+            wanted[path].append((answer[1] == 0).unsqueeze(0))  # by the last token, which is the only one
             return answer
 
         def running(*args: Any, run: Any = run, engine: Any = engine, path: str = path) -> Any:
@@ -104,7 +104,7 @@ def compare(args: Any, source: Path, folder: Path) -> dict[str, Any]:
     for path, module in modules.items():
         bias = module.biases().gate if module.engine.layer.layout.gated else module.biases().up
         truth = torch.cat(fired[path])  # [n_tokens, d_ffn]
-        wanted = torch.stack([answers[path](x, bias)[1] for x in inputs[path]])
+        wanted = torch.stack([answers[path](x, bias)[1] == 0 for x in inputs[path]])
         on_its_way = torch.cat(asked[path])
         rows.append({
             "layer": path,
