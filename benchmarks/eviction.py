@@ -14,18 +14,15 @@ recording is for calibration (what is pinned) and not simulated; the first token
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
-from certified import SHIPPED, text_ids
+import recorded
+from recorded import Trace
 
-Trace = Sequence[np.ndarray]  # of one layer: sorted neurons that fire, by token
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 0.9)
 WINDOWS = (1, 2, 3, 5, 8, 12, 20, 32)
 HALF_LIFE = 64.0  # window.py's
@@ -253,35 +250,6 @@ def compare(traces: Sequence[Trace], sizes: Sequence[int], hot: Sequence[np.ndar
     }
 
 
-def record_model(args: Any, folder: Path) -> tuple[Any, int]:
-    """A recording of the model on the text, and the bytes of a bundle."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from hf_flash.families import find_blocks
-    from hf_flash.layout import BundleLayout
-    from hf_flash.recording import Recording, record
-
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval()
-    block = find_blocks(model)[0]
-    row_bytes = BundleLayout(block.d_model, block.d_out, block.gate is not None, model.dtype).row_bytes
-    if args.recording:
-        return Recording.open(args.recording), row_bytes
-    torch.manual_seed(0)
-    ids = text_ids(args, model, AutoTokenizer.from_pretrained(args.model))
-    length = min(512, getattr(model.config, "max_position_embeddings", 512))
-    return record(model, ids.split(length, dim=1), folder, progress=False), row_bytes
-
-
-def traces_of(recording: Any, start: int, stop: int) -> list[Trace]:
-    """Fired neurons by layer and token."""
-    out: list[Trace] = []
-    for layer in recording.layers:
-        fired = recording.fired(layer, start, stop).numpy()
-        out.append([np.flatnonzero(row) for row in fired])
-    return out
-
-
 def rank(recording: Any, start: int) -> list[np.ndarray]:
     """Neurons by layer, those that fire most often after `start` first."""
     return [np.argsort(-recording.fired(layer, start).sum(0).numpy(), kind="stable") for layer in recording.layers]
@@ -311,13 +279,7 @@ def print_found(found: dict[str, Any], row_bytes: int, args: Any) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--model", default=str(SHIPPED), help="folder of a ReLU model (default: the shipped one)")
-    parser.add_argument("--text", help="text file to read (default: a built-in prompt, continued by the model)")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens to record (default 6144)")
-    parser.add_argument("--recording", help="folder of a recording that is there, instead of model and text")
-    parser.add_argument("--warm", type=int, default=512, help="tokens that warm the caches, not counted (default 512)")
-    args = parser.parse_args()
+    args = recorded.parse(__doc__, warm=512)
     args.shares, args.windows, args.half_lives, args.periods, args.middle = SHARES, WINDOWS, HALF_LIVES, PERIODS, 0.5
     if args.smoke:
         args.tokens, args.warm = 96, 16
@@ -327,19 +289,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     info = common.begin("eviction: bytes read per token by policy and cache size")
-    if not (Path(args.model) / "config.json").is_file():
-        print(f"skipped: there is no model in {Path(args.model).name}")
-        return
-    folder = Path(tempfile.mkdtemp(prefix="hf_flash-eviction-"))
-    try:
-        recording, row_bytes = record_model(args, folder)
+    with recorded.recording(args) as made:
+        if made is None:
+            return
+        recording, row_bytes = made
         n_tokens = recording.n_tokens * 3 // 4
         sizes = [recording.shape(layer)[1] for layer in recording.layers]
-        traces, hot = traces_of(recording, 0, n_tokens), rank(recording, n_tokens)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        traces, hot = recorded.traces_of(recording, 0, n_tokens), rank(recording, n_tokens)
     found = {"n_neurons": sum(sizes), "row_bytes": row_bytes, "n_tokens": n_tokens - args.warm}
     found |= compare(traces, sizes, hot, args)
     fire = ", ".join(f"{share:.1%}" for share in found["fire_by_layer"])

@@ -32,7 +32,7 @@ def gb_per_s(n_bytes: int, call: Callable[[], Any]) -> float:
 
 
 class Sweep:
-    """Plain passes over memory: of torch, and in huge pages, where they are 4 to 8 % faster."""
+    """Plain passes over memory: of torch, and in huge pages, where they are up to 8 % faster."""
 
     def __init__(self, n_bytes: int) -> None:
         import torch

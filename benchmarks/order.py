@@ -13,16 +13,13 @@ The model is the small ReLU model that ships with hf_flash; --model and --text g
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import common
 import numpy as np
-from certified import SHIPPED
-from eviction import balanced, record_model, traces_of
+import recorded
+from eviction import balanced
 
 SHARES = (0.1, 0.2, 0.5)
 
@@ -63,13 +60,7 @@ def orders(recording: Any, n_tokens: int, sizes: list[int]) -> dict[str, list[np
 
 
 def parse() -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--model", default=str(SHIPPED), help="folder of a ReLU model (default: the shipped one)")
-    parser.add_argument("--text", help="text file to read (default: a built-in prompt, continued by the model)")
-    parser.add_argument("--tokens", type=int, default=6144, help="tokens to record (default 6144)")
-    parser.add_argument("--recording", help="folder of a recording that is there, instead of model and text")
-    parser.add_argument("--warm", type=int, default=256, help="tokens that warm the caches, not counted (default 256)")
-    args = parser.parse_args()
+    args = recorded.parse(__doc__, warm=256)
     args.shares = SHARES
     if args.smoke:
         args.tokens, args.warm, args.shares = 96, 8, (0.3,)
@@ -78,22 +69,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     info = common.begin("order: extents and bytes per token by the order of the neurons on flash")
-    if not (Path(args.model) / "config.json").is_file():
-        print(f"skipped: there is no model in {Path(args.model).name}")
-        return
-    folder = Path(tempfile.mkdtemp(prefix="hf_flash-order-"))
-    try:
+    with recorded.recording(args) as made:
+        if made is None:
+            return
         from hf_flash.store import MAX_GAP_BYTES
 
-        recording, row_bytes = record_model(args, folder)
+        recording, row_bytes = made
         half = recording.n_tokens // 2
         sizes = [recording.shape(layer)[1] for layer in recording.layers]
         ranks = orders(recording, half, sizes)
-        traces = traces_of(recording, half, recording.n_tokens)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        traces = recorded.traces_of(recording, half, recording.n_tokens)
     gap = MAX_GAP_BYTES // row_bytes
     print(
         f"model: {Path(args.model).name}, {len(sizes)} layers, {row_bytes} bytes a row, gaps up to {gap} rows read "

@@ -1,12 +1,14 @@
 """What all tests share: the shipped model, its flash checkpoint, the dense oracle, and a header of versions."""
 
 import ctypes
+import importlib
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_flash.budget import make_plan, smallest_cap
 from hf_flash.checkpoint import locate
 from hf_flash.families import find_blocks
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHIPPED = Path(hf_flash.__file__).parent / "models" / "relu-books-5m"
 
 # The models are so small that a second thread only waits, and for seconds where other jobs share the cores.
@@ -94,6 +97,27 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_FLASH_CACHE", str(tmp_path_factory.mktemp("hf_flash_cache")))
         patch.delenv("HF_FLASH_MEMORY", raising=False)
         yield
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy matrices on several threads mostly wait for each other; scripts that set a number do not keep it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def import_example() -> Callable[[str], ModuleType]:
+    """A script of examples/ as a module; it may import the others there, as when it is run."""
+
+    def load(name: str) -> ModuleType:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(EXAMPLES))
+            return importlib.import_module(name)
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +17,14 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 import hf_flash
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"tokens": 960, "seq": 16, "batch": 2, "lr": 3e-3, "warmup": 2, "points": 3, "eval-tokens": 256}
 
 
 @pytest.fixture(scope="module")
-def relufy() -> Any:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module("relufy")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy matrices on several threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def relufy(import_example: Callable[[str], Any]) -> Any:
+    return import_example("relufy")
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, SHIPPED = ROOT / "examples", ROOT / "hf_flash" / "models" / "relu-books-5m"
@@ -59,22 +61,9 @@ time or other, cherish very nearly the same feelings towards the ocean with me.
 
 
 @pytest.fixture(scope="module")
-def example():
+def example(import_example: Callable[[str], ModuleType]) -> tuple[ModuleType, ModuleType]:
     """The example's two files as modules: the script, and what it measures with."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return importlib.import_module("train_relu_lm"), importlib.import_module("relu_lm")
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Toy matrices on several threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return import_example("train_relu_lm"), import_example("relu_lm")
 
 
 @pytest.fixture

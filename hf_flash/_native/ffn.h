@@ -21,7 +21,7 @@ struct Ffn {
 // Floats that begin a line of the cache, zero at first: a vector that lies in two lines costs twice as much.
 class Floats {
  public:
-  explicit Floats(int64_t n) : lines(static_cast<size_t>((n + 15) / 16)) {}
+  explicit Floats(int64_t n) : lines(static_cast<size_t>(n / 16 + 1)) {}
   float *data() { return lines.data()->numbers; }
 
  private:
