@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_flash import ops
+from hf_flash import ops, trace
 from hf_flash.engine import Engine
 from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, Part
@@ -73,6 +74,8 @@ class FlashFFN(nn.Module):
         # A module goes where it was, so that parameters of its own (xIELU) keep their names; a list hides the others.
         self._act_path = block.activation.removeprefix(block.path + ".")
         own = isinstance(activation, nn.Module) and not block.inline and self._act_path != block.activation
+        self._act_names = self._act_path.split(".")
+        self._is_biased = any(part is not None and part.bias is not None for part in (block.gate, block.up, block.down))
         self._hidden_act = [] if own else [activation]
         if isinstance(activation, nn.Module) and own:
             _add_module(self, self._act_path, activation)
@@ -87,7 +90,11 @@ class FlashFFN(nn.Module):
     @property
     def own_activation(self) -> ops.Activation:
         """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
-        act: Any = self._hidden_act[0] if self._hidden_act else self.get_submodule(self._act_path)
+        if self._hidden_act:
+            return self._hidden_act[0]
+        act: Any = self
+        for name in self._act_names:
+            act = act._modules[name]
         return act  # type: ignore[no-any-return]
 
     def biases(self) -> ops.Biases:
@@ -118,9 +125,11 @@ class FlashFFN(nn.Module):
         self._ordered[is_up] = key, ours[1]
         return ours[1]
 
-    @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
+        if torch.compiler.is_compiling():
+            return self._untraced(x, *residual)
+        begun = time.perf_counter()
         if self.engine is None:
             raise FlashError(
                 f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
@@ -130,13 +139,23 @@ class FlashFFN(nn.Module):
             self._count(x.numel() // x.shape[-1])
         for call in self.on_pass:
             call()
-        x = self.cast(x)
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            y = self.engine.forward(x, self.own_activation, self.biases())
-        else:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            x = self.cast(x)
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
-        return y + residual[0] if self.block.takes_residual and residual else y
+        else:
+            x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+            biases = self.biases() if self._is_biased else ops.NO_BIASES
+            y = self.engine.forward(x, self.own_activation, biases)
+        if residual and self.block.takes_residual:
+            y = y + residual[0]
+        if trace.active is not None:
+            trace.active.add(trace.FFN, begun, time.perf_counter(), self.block.path)
+        return y
+
+    @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
+    def _untraced(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+        return self.forward(x, *residual)
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """`x` in the dtype that the stock block would compute in."""
