@@ -99,22 +99,30 @@ class FlashFFN(nn.Module):
 
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash."""
+        block = self.block
+        gate, up, down = self._stored(block.gate), self._stored(block.up), self._stored(block.down)
+        if self.order is not None:
+            gate, up = self._in_order(gate, False), self._in_order(up, True)
+        return ops.Biases(gate, up, down)
 
-        def get(part: Part | None, is_down: bool = False) -> torch.Tensor | None:
-            if part is None or part.bias is None:
-                return None
-            if self.block.inline:
-                owner: Any = self.down_stub if is_down else self
-                return owner.bias  # type: ignore[no-any-return]
-            return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
-
-        gate, up = (self._in_order(get(part), part is self.block.up) for part in (self.block.gate, self.block.up))
-        return ops.Biases(gate, up, get(self.block.down, True))
+    def _stored(self, part: Part | None) -> torch.Tensor | None:
+        """The bias of one of the matrices, as the stock model has it."""
+        if part is None or part.bias is None:
+            return None
+        owner: Any = self
+        if self.block.inline:
+            owner = self.down_stub if part is self.block.down else self
+            return owner.bias  # type: ignore[no-any-return]
+        *path, name = self._bias_path[part.bias].split(".")
+        for inner in path:
+            owner = owner._modules[inner]
+        return part.bias_of(getattr(owner, name))
 
     def _in_order(self, bias: torch.Tensor | None, is_up: bool) -> torch.Tensor | None:
         """A bias in the order of the rows; made anew when it changed, or when a gradient has to pass."""
-        if bias is None or self.order is None:
-            return bias
+        if bias is None:
+            return None
+        assert self.order is not None
         if torch.is_grad_enabled() and bias.requires_grad:
             return bias[self.order]
         key, ours = (bias.data_ptr(), bias._version, bias.dtype), self._ordered.get(is_up)
