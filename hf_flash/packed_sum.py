@@ -61,6 +61,7 @@ class PackedSum:
         self._act: Activation | None = None  # with dtype and threads, what `_can` was found for
         self._dtype, self._n_threads, self._can = torch.float32, 0, False
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
+        self._is_biased = False
         self._most = layout.d_model * (1 if exact else native.MAX_TOKENS)  # entries of an input
 
     def pin(self, rows: torch.Tensor) -> None:
@@ -82,7 +83,7 @@ class PackedSum:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
             return None
-        if biases is not NO_BIASES:
+        if biases is not NO_BIASES or self._is_biased:
             self._point(biases)
         if self.exact:
             self._x = x = x.contiguous()
@@ -127,6 +128,7 @@ class PackedSum:
 
     def _point(self, biases: Biases) -> None:
         """Biases as the kernels want them, made again where they changed."""
+        self._is_biased = True
         for i, bias in enumerate(biases):
             key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
             if self._biases[i][0] != key:

@@ -65,13 +65,15 @@ class NativeRing:
     Args:
         reader: what reads.
         units: an array of `Unit`, in memory that both sides see: the stream goes on changing `next`, `first`, `keep`.
+        last: the unit that was asked for last, -1 before the first.
         n_buffers, buffer_bytes: of the ring.
         stats: where bytes and waits are counted.
     """
 
     def __init__(
-        self, reader: UringReader, units: ctypes.Array[Unit], n_buffers: int, buffer_bytes: int, stats: FlashStats
-    ) -> None:
+        self, reader: UringReader, units: ctypes.Array[Unit], last: int, n_buffers: int, buffer_bytes: int,
+        stats: FlashStats,
+    ) -> None:  # fmt: skip
         lib = native.library()
         assert lib is not None
         sizes = (_I * 5)()
@@ -84,7 +86,7 @@ class NativeRing:
             slot.memory = buffer.data_ptr()
         self._s = _Ring(
             ring=reader.ring, units=ctypes.addressof(units), n_units=len(units), slots=ctypes.addressof(self._slots),
-            n_slots=n_buffers, line=ctypes.addressof(self._line), last=-1,
+            n_slots=n_buffers, line=ctypes.addressof(self._line), last=last,
         )  # fmt: skip
         self._address = ctypes.addressof(self._s)
         self._recorder: trace.Recorder | None = None  # who is told what happens
@@ -135,6 +137,11 @@ class NativeRing:
             result = self._lib.hf_flash_stream_sum(self._address, total.address)
         if result:
             raise self._failure(result)
+
+    @property
+    def last(self) -> int:
+        """The unit that was asked for last."""
+        return self._s.last  # type: ignore[no-any-return]
 
     def forget(self, unit: int, n_rows: int) -> None:
         """Drop all reads if one is of the first rows of a unit."""

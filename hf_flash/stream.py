@@ -63,7 +63,7 @@ class Stream:
         self._units: list[Extent2D] = []
         self._table = (Unit * 0)()  # where each unit lies, what is pinned of it, and which one follows
         self._order: list[int] = []
-        self._last: int | None = None
+        self._last = -1  # the unit that was asked for last; the native ring knows it while there is one
         self._pending: deque[_Pending] = deque()
         self._ring: NativeRing | None = None
         self._in_use = False
@@ -162,7 +162,7 @@ class Stream:
         """Learn that a unit follows the one before."""
         if self._table[unit].next < 0:
             return
-        if self._last is not None and self._table[self._last].next not in (-1, unit):
+        if self._last >= 0 and self._table[self._last].next >= 0:
             self._table[self._last].next = unit
         self._last = unit
 
@@ -173,7 +173,9 @@ class Stream:
         if NativeRing.can(self._reader, [unit.file for unit in self._units]):
             for row, unit in zip(self._table, self._units, strict=True):
                 row.fd = self._reader.fd(unit.file)
-            self._ring = NativeRing(self._reader, self._table, self._n_buffers, self._buffer_bytes, self._stats)
+            self._ring = NativeRing(
+                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._stats
+            )
         return self._ring
 
     def _chunks(self, unit: int) -> Generator[tuple[int, int, torch.Tensor]]:
@@ -274,6 +276,7 @@ class Stream:
         with self.lock:
             if self._ring is not None:
                 self._ring.drop()
+                self._last = self._ring.last
             self._drop_pending()
             self._ring, self._free = None, []
 
