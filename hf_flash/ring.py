@@ -160,7 +160,7 @@ class NativeRing:
         for slot in self._slots:
             slot.taken = 0
 
-    def _take(self, unit: int, row: int, number: _I) -> None:
+    def _take(self, unit: int, row: int, number: ctypes.c_int64) -> None:
         """Wait for a chunk; `number` is its slot then."""
         self._listen()
         self._reader.check_open()

@@ -86,8 +86,8 @@ class Stream:
         return number
 
     def _relink(self) -> None:
-        for unit in self._table:
-            unit.next = -1
+        for row in self._table:
+            row.next = -1
         for unit, following in zip(self._order, self._order[1:] + self._order[:1], strict=True):
             self._table[unit].next = following
 
@@ -152,8 +152,7 @@ class Stream:
         """
         with self.lock:
             ring = self._ring or self._native()
-            out = None if ring is None else total.begin(x, act, biases)
-            if out is None:
+            if ring is None or (out := total.begin(x, act, biases)) is None:
                 return None
             ring.sum(total)
             return out if total.exact else total.end()

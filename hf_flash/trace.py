@@ -157,9 +157,9 @@ class NativeLog:
 
     def _span(self, event: Event) -> Span:
         name = _KINDS[event.kind]
-        where = ("", FLASH) if name == READ else (self._layers.get(event.unit, ""), event.thread)
+        layer, track = ("", FLASH) if name == READ else (self._layers.get(event.unit, ""), event.thread)
         args = {"bytes": event.bytes} if event.bytes else {"native": True}
-        return Span(name, event.start, event.stop, *where, args)
+        return Span(name, event.start, event.stop, layer, track, args)
 
 
 def _lane(lanes: list[float], span: Span) -> int:
