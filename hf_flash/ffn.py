@@ -127,7 +127,8 @@ class FlashFFN(nn.Module):
             return bias[self.order]
         key, ours = (bias.data_ptr(), bias._version, bias.dtype), self._ordered.get(is_up)
         if ours is None or ours[1].dtype != bias.dtype:
-            ours = None, bias.detach()[self.order]
+            with torch.inference_mode(False):  # its version is looked at, which a tensor from within does not have
+                ours = None, bias.detach()[self.order]
         elif ours[0] != key:
             torch.index_select(bias.detach(), 0, self.order, out=ours[1])  # in place: who looks sees another version
         self._ordered[is_up] = key, ours[1]

@@ -49,7 +49,7 @@ class PackedSum:
         sizes = (_I * 5)()
         lib.hf_flash_stream_bytes(sizes)
         assert sizes[4] == ctypes.sizeof(_Sum)
-        self._lib, self.exact, self._get, self.layer, layout = lib, exact, scratch, layer.path, layer.layout
+        self._lib, self._exact, self._get, self.layer, layout = lib, exact, scratch, layer.path, layer.layout
         self._shapes = (layer.n_neurons, layout.d_model), (layout.d_out, layer.n_neurons)
         self._d_out, self._packing, self._numbers = layout.d_out, layer.packing, torch.arange(0 if exact else n_rows)
         self._s = _Sum(
@@ -60,6 +60,8 @@ class PackedSum:
         self.address, self.unit = ctypes.addressof(self._s), unit
         self._act: Activation | None = None  # with dtype and threads, what `_can` was found for
         self._dtype, self._n_threads, self._can = torch.float32, 0, False
+        self._x: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
         self._is_biased = False
         self._most = layout.d_model * (1 if exact else native.MAX_TOKENS)  # entries of an input
@@ -68,33 +70,32 @@ class PackedSum:
         """The first rows are in DRAM from now on: [n, row_bytes] uint8."""
         self._pinned, self._s.pinned, self._s.n_pinned = rows, rows.data_ptr(), len(rows)
 
-    def begin(self, x: torch.Tensor, act: Activation, biases: Biases) -> torch.Tensor | None:
+    def begin(self, x: torch.Tensor, act: Activation, biases: Biases) -> bool:
         """Start a sum. This is done for each layer and token, with the CPU's caches full of weights: little is touched.
 
         Args:
             x: [..., d_model], one token for an exact sum, native.MAX_TOKENS at most for others.
 
         Returns:
-            What an exact sum will be in when the last neurons are added: `end` gives the output. None where this is
-            nothing for the kernels.
+            False where this is nothing for the kernels.
         """
         s, dtype = self._s, x.dtype
         if act is not self._act or dtype is not self._dtype or torch.get_num_threads() != self._n_threads:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
-            return None
+            return False
         if biases is not NO_BIASES or self._is_biased:
             self._point(biases)
-        if self.exact:
-            self._x = x = x.contiguous()
+        if self._exact:
+            x = x.contiguous()
             out = torch.empty(*x.shape[:-1], self._d_out, dtype=dtype, device="cpu")
         else:
             s.n_tokens, self._down = x.numel() // x.shape[-1], biases.down
-            self._x = x = x.float().contiguous()
+            x = x.float().contiguous()
             out = torch.zeros(*x.shape[:-1], self._d_out, dtype=torch.float32, device="cpu")
         s.x, s.out, s.row = x.data_ptr(), out.data_ptr(), 0
-        self._out = out
-        return out
+        self._x, self._out = x, out
+        return True
 
     def add(self, neurons: slice, rows: torch.Tensor) -> None:
         """Add some neurons.
@@ -107,14 +108,16 @@ class PackedSum:
 
     def end(self) -> torch.Tensor:
         """The FFN's output once all neurons were added, [..., d_out], dtype of x."""
-        if self.exact:
-            return self._out
-        return (self._out if self._down is None else self._out + self._down).to(self._dtype)
+        out, self._x, self._out = self._out, None, None  # x may hold on to a graph
+        assert out is not None
+        if self._exact:
+            return out
+        return (out if self._down is None else out + self._down).to(self._dtype)
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels can do it with this activation, dtype and number of threads; tell them."""
         s, n_threads, self._act = self._s, torch.get_num_threads(), None
-        if self.exact:
+        if self._exact:
             can = dtype == torch.bfloat16 and all(ordered.agrees(*shape) for shape in self._shapes)
             self._table = ordered.table_of(act) if can else None
             s.table, self._can = native.pointer(self._table), self._table is not None
@@ -133,6 +136,6 @@ class PackedSum:
             key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
             if self._biases[i][0] != key:
                 rounded = None if bias is None else bias.detach().to(self._dtype).contiguous()
-                ours = rounded if rounded is None or self.exact else rounded.float()
+                ours = rounded if rounded is None or self._exact else rounded.float()
                 setattr(self._s, _BIASES[i], native.pointer(ours))
                 self._biases[i] = key, ours, bias  # which stays, so that no other can take its place in memory

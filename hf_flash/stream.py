@@ -152,10 +152,10 @@ class Stream:
         """
         with self.lock:
             ring = self._ring or self._native()
-            if ring is None or (out := total.begin(x, act, biases)) is None:
+            if ring is None or not total.begin(x, act, biases):
                 return None
             ring.sum(total)
-            return out if total.exact else total.end()
+            return total.end()
 
     def _comes(self, unit: int) -> None:
         """Learn that a unit follows the one before."""

@@ -80,7 +80,7 @@ class SweepEngine(Engine):
         return y
 
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        if self._sum is not None and self._sum.begin(x, act, biases) is not None:
+        if self._sum is not None and self._sum.begin(x, act, biases):
             return self._sweep_packed(self._sum)
         layout, n = self.layer.layout, self.layer.n_neurons
         column_major = x.dtype == torch.float16  # see ops.project
