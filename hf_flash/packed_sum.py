@@ -49,7 +49,7 @@ class PackedSum:
         sizes = (_I * 5)()
         lib.hf_flash_stream_bytes(sizes)
         assert sizes[4] == ctypes.sizeof(_Sum)
-        self._lib, self._exact, self._get, self.layer, layout = lib, exact, scratch, layer.path, layer.layout
+        self._lib, self._exact, self._get, layout = lib, exact, scratch, layer.layout
         self._shapes = (layer.n_neurons, layout.d_model), (layout.d_out, layer.n_neurons)
         self._d_out, self._packing, self._numbers = layout.d_out, layer.packing, torch.arange(0 if exact else n_rows)
         self._s = _Sum(

@@ -68,11 +68,12 @@ class NativeRing:
         last: the unit that was asked for last, -1 before the first.
         n_buffers, buffer_bytes: of the ring.
         stats: where bytes and waits are counted.
+        names: of the units, for a trace.
     """
 
     def __init__(
         self, reader: UringReader, units: ctypes.Array[Unit], last: int, n_buffers: int, buffer_bytes: int,
-        stats: FlashStats,
+        stats: FlashStats, names: Sequence[str],
     ) -> None:  # fmt: skip
         lib = native.library()
         assert lib is not None
@@ -91,7 +92,9 @@ class NativeRing:
         self._address = ctypes.addressof(self._s)
         self._recorder: trace.Recorder | None = None  # who is told what happens
         self._log: trace.NativeLog | None = None
-        self._layers: dict[int, str] = {}  # module paths, by unit
+        self._first = -1  # while there is a log: the unit that came first in it
+        self._names = names
+        self._sum = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P)(("hf_flash_stream_sum", lib))  # keeps no errno: quicker
         stats.count_in(self._s.counters)
 
     @staticmethod
@@ -128,13 +131,12 @@ class NativeRing:
         Raises:
             ReadError: a read failed; the sum is worthless, the ring is usable again.
         """
-        if trace.active is not self._recorder or self._log is not None:
-            self._layers[total.unit] = total.layer
-            self._listen()
+        if trace.active is not self._recorder or total.unit == self._first:
+            self._listen(total.unit)
         self._reader.check_open()
-        result = self._lib.hf_flash_stream_sum(self._address, total.address)
+        result = self._sum(self._address, total.address)
         while result == SIGNAL:  # its handler runs between the calls, and may raise
-            result = self._lib.hf_flash_stream_sum(self._address, total.address)
+            result = self._sum(self._address, total.address)
         if result:
             raise self._failure(result)
 
@@ -162,7 +164,7 @@ class NativeRing:
 
     def _take(self, unit: int, row: int, number: ctypes.c_int64) -> None:
         """Wait for a chunk; `number` is its slot then."""
-        self._listen()
+        self._listen(unit)
         self._reader.check_open()
         result = SIGNAL
         while result == SIGNAL:
@@ -176,18 +178,16 @@ class NativeRing:
         self._lib.hf_flash_batch_free(self._s.failed)
         return error
 
-    def _listen(self) -> None:
-        if trace.active is not self._recorder:
-            self._record()
+    def _listen(self, unit: int) -> None:
+        """Have native code note what it does for who wants to know now, and room for it, once a pass."""
         if self._log is not None:
             self._log.make_room()
-
-    def _record(self) -> None:
-        """Have native code note what it does for who wants to know now."""
-        self._s.log = None
+        if trace.active is self._recorder:
+            return
+        self._s.log, self._first = None, -1
         self._recorder, self._log = trace.active, None
         if self._recorder is not None:
-            self._log = trace.NativeLog(self._layers)
+            self._log, self._first = trace.NativeLog(self._names), unit
             self._recorder.sources.append(self._log.take)
             self._s.log = self._log.address
 

@@ -173,8 +173,9 @@ class Stream:
             for row, unit in zip(self._table, self._units, strict=True):
                 row.fd = self._reader.fd(unit.file)
             self._ring = NativeRing(
-                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._stats
-            )
+                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._stats,
+                [unit.name.removesuffix(".bundles") for unit in self._units],
+            )  # fmt: skip
         return self._ring
 
     def _chunks(self, unit: int) -> Generator[tuple[int, int, torch.Tensor]]:

@@ -15,7 +15,7 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 FLASH = 0  # the track of reads; threads have their idents, which are not 0
@@ -126,11 +126,11 @@ class NativeLog:
     """Where native code notes events, which become spans when somebody asks.
 
     Args:
-        layers: module path of each unit that events name; may grow.
+        names: of the units that events are about, by number.
     """
 
-    def __init__(self, layers: Mapping[int, str]) -> None:
-        self._log, self._layers = _Log(most=_LOG_EVENTS), layers
+    def __init__(self, names: Sequence[str]) -> None:
+        self._log, self._names = _Log(most=_LOG_EVENTS), names
         self.address = ctypes.addressof(self._log)
         self._taken, self._kept = 0, b""  # events of the log that were handed over, others of a log before this one
         self._lock = threading.Lock()
@@ -157,7 +157,7 @@ class NativeLog:
 
     def _span(self, event: Event) -> Span:
         name = _KINDS[event.kind]
-        layer, track = ("", FLASH) if name == READ else (self._layers.get(event.unit, ""), event.thread)
+        layer, track = ("", FLASH) if name == READ else (self._names[event.unit], event.thread)
         args = {"bytes": event.bytes} if event.bytes else {"native": True}
         return Span(name, event.start, event.stop, layer, track, args)
 
