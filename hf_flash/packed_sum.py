@@ -19,6 +19,9 @@ _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
+Begun = tuple[torch.Tensor, torch.Tensor]  # the input and the sum
+
+
 class _Sum(ctypes.Structure):
     """The fields of _native/stream.cpp, in its order."""
 
@@ -49,7 +52,7 @@ class PackedSum:
         sizes = (_I * 5)()
         lib.hf_flash_stream_bytes(sizes)
         assert sizes[4] == ctypes.sizeof(_Sum)
-        self._lib, self._exact, self._get, layout = lib, exact, scratch, layer.layout
+        self._lib, self.exact, self._get, layout = lib, exact, scratch, layer.layout
         self._shapes = (layer.n_neurons, layout.d_model), (layout.d_out, layer.n_neurons)
         self._d_out, self._packing, self._numbers = layout.d_out, layer.packing, torch.arange(0 if exact else n_rows)
         self._s = _Sum(
@@ -60,8 +63,6 @@ class PackedSum:
         self.address, self.unit = ctypes.addressof(self._s), unit
         self._act: Activation | None = None  # with dtype and threads, what `_can` was found for
         self._dtype, self._n_threads, self._can = torch.float32, 0, False
-        self._x: torch.Tensor | None = None
-        self._out: torch.Tensor | None = None
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
         self._is_biased = False
         self._most = layout.d_model * (1 if exact else native.MAX_TOKENS)  # entries of an input
@@ -70,23 +71,24 @@ class PackedSum:
         """The first rows are in DRAM from now on: [n, row_bytes] uint8."""
         self._pinned, self._s.pinned, self._s.n_pinned = rows, rows.data_ptr(), len(rows)
 
-    def begin(self, x: torch.Tensor, act: Activation, biases: Biases) -> bool:
+    def begin(self, x: torch.Tensor, act: Activation, biases: Biases) -> Begun | None:
         """Start a sum. This is done for each layer and token, with the CPU's caches full of weights: little is touched.
 
         Args:
             x: [..., d_model], one token for an exact sum, native.MAX_TOKENS at most for others.
 
         Returns:
-            False where this is nothing for the kernels.
+            What native code reads and writes; to be held until the last neurons are added. None where this is nothing
+            for the kernels.
         """
         s, dtype = self._s, x.dtype
         if act is not self._act or dtype is not self._dtype or torch.get_num_threads() != self._n_threads:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
-            return False
+            return None
         if biases is not NO_BIASES or self._is_biased:
             self._point(biases)
-        if self._exact:
+        if self.exact:
             x = x.contiguous()
             out = torch.empty(*x.shape[:-1], self._d_out, dtype=dtype, device="cpu")
         else:
@@ -94,8 +96,7 @@ class PackedSum:
             x = x.float().contiguous()
             out = torch.zeros(*x.shape[:-1], self._d_out, dtype=torch.float32, device="cpu")
         s.x, s.out, s.row = x.data_ptr(), out.data_ptr(), 0
-        self._x, self._out = x, out
-        return True
+        return x, out
 
     def add(self, neurons: slice, rows: torch.Tensor) -> None:
         """Add some neurons.
@@ -106,18 +107,17 @@ class PackedSum:
         """
         self._lib.hf_flash_sum_add(self.address, rows.data_ptr(), neurons.start, len(rows))
 
-    def end(self) -> torch.Tensor:
+    def end(self, begun: Begun) -> torch.Tensor:
         """The FFN's output once all neurons were added, [..., d_out], dtype of x."""
-        out, self._x, self._out = self._out, None, None  # x may hold on to a graph
-        assert out is not None
-        if self._exact:
+        out = begun[1]
+        if self.exact:
             return out
         return (out if self._down is None else out + self._down).to(self._dtype)
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels can do it with this activation, dtype and number of threads; tell them."""
         s, n_threads, self._act = self._s, torch.get_num_threads(), None
-        if self._exact:
+        if self.exact:
             can = dtype == torch.bfloat16 and all(ordered.agrees(*shape) for shape in self._shapes)
             self._table = ordered.table_of(act) if can else None
             s.table, self._can = native.pointer(self._table), self._table is not None
@@ -136,6 +136,6 @@ class PackedSum:
             key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
             if self._biases[i][0] != key:
                 rounded = None if bias is None else bias.detach().to(self._dtype).contiguous()
-                ours = rounded if rounded is None or self._exact else rounded.float()
+                ours = rounded if rounded is None or self.exact else rounded.float()
                 setattr(self._s, _BIASES[i], native.pointer(ours))
                 self._biases[i] = key, ours, bias  # which stays, so that no other can take its place in memory

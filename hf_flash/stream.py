@@ -152,10 +152,10 @@ class Stream:
         """
         with self.lock:
             ring = self._ring or self._native()
-            if ring is None or not total.begin(x, act, biases):
+            if ring is None or (begun := total.begin(x, act, biases)) is None:
                 return None
             ring.sum(total)
-            return total.end()
+            return begun[1] if total.exact else total.end(begun)
 
     def _comes(self, unit: int) -> None:
         """Learn that a unit follows the one before."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_flash import native, ops, ordered, trace
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.memory import aligned_empty
-from hf_flash.packed_sum import PackedSum
+from hf_flash.packed_sum import Begun, PackedSum
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer
 from hf_flash.stream import Stream
@@ -80,8 +80,8 @@ class SweepEngine(Engine):
         return y
 
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        if self._sum is not None and self._sum.begin(x, act, biases):
-            return self._sweep_packed(self._sum)
+        if self._sum is not None and (begun := self._sum.begin(x, act, biases)) is not None:
+            return self._sweep_packed(self._sum, begun)
         layout, n = self.layer.layout, self.layer.n_neurons
         column_major = x.dtype == torch.float16  # see ops.project
         shape = (layout.d_out, n) if column_major else (n, layout.d_out)
@@ -106,7 +106,7 @@ class SweepEngine(Engine):
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
         return y
 
-    def _sweep_packed(self, total: PackedSum) -> torch.Tensor:
+    def _sweep_packed(self, total: PackedSum, begun: Begun) -> torch.Tensor:
         """Packed rows as they are, summed by native kernels."""
         t0, waited = time.perf_counter(), self._stats.wait_s
         with self._pinning(whole=True) as chunks:
@@ -116,7 +116,7 @@ class SweepEngine(Engine):
                 if trace.active is not None:
                     trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path, native=True)
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
-        return total.end()
+        return total.end(begun)
 
     def _split(
         self, neurons: slice, rows: torch.Tensor, down: torch.Tensor
