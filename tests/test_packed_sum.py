@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from hf_flash.sweep import SweepEngine
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 HERE = native.available() and bool(native.library().hf_flash_ordered()) and ordered.agrees(256, 512)
+N_SIGNALS = int(os.environ.get("HF_FLASH_TEST_SIGNALS", "20"))  # more of them for a soak
 EXACT = pytest.param(True, marks=pytest.mark.skipif(not HERE, reason="no AVX512-BF16, or torch sums otherwise here"))
 
 
@@ -152,6 +155,32 @@ def test_a_failed_read(exact: bool, tmp_path: Path, reader: Reader, monkeypatch:
             continue
         break
     bench.check(x, exact)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C in a finalizer is dropped
+@pytest.mark.parametrize("exact", [EXACT, False])
+def test_ctrl_c_at_any_moment(exact: bool, reader: Reader, tmp_path: Path) -> None:
+    bench, generator, n_stopped = Bench(tmp_path, reader, 16, 192, exact), torch.Generator().manual_seed(1), 0
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(N_SIGNALS):
+            x = with_escapes(1, 1, 192, seed=60 + i)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 4e-3 * float(torch.rand(1, generator=generator)))
+                for _ in range(100):
+                    bench.engines[i % 2].forward(x, bench.act, bench.biases)
+            except KeyboardInterrupt:
+                n_stopped += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            bench.check(x, exact)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert n_stopped
 
 
 def test_a_trace_has_every_chunk(tmp_path: Path, reader: Reader) -> None:
