@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_flash import ops
+from hf_flash import ops, trace
 from hf_flash.engine import Engine
 from hf_flash.errors import FlashError
 from hf_flash.families import FFNBlock, Part
@@ -73,6 +74,8 @@ class FlashFFN(nn.Module):
         # A module goes where it was, so that parameters of its own (xIELU) keep their names; a list hides the others.
         self._act_path = block.activation.removeprefix(block.path + ".")
         own = isinstance(activation, nn.Module) and not block.inline and self._act_path != block.activation
+        self._act_names = self._act_path.split(".")
+        self._is_biased = any(part is not None and part.bias is not None for part in (block.gate, block.up, block.down))
         self._hidden_act = [] if own else [activation]
         if isinstance(activation, nn.Module) and own:
             _add_module(self, self._act_path, activation)
@@ -87,40 +90,55 @@ class FlashFFN(nn.Module):
     @property
     def own_activation(self) -> ops.Activation:
         """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
-        act: Any = self._hidden_act[0] if self._hidden_act else self.get_submodule(self._act_path)
+        if self._hidden_act:
+            return self._hidden_act[0]
+        act: Any = self
+        for name in self._act_names:
+            act = act._modules[name]
         return act  # type: ignore[no-any-return]
 
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash."""
+        block = self.block
+        gate, up, down = self._stored(block.gate), self._stored(block.up), self._stored(block.down)
+        if self.order is not None:
+            gate, up = self._in_order(gate, False), self._in_order(up, True)
+        return ops.Biases(gate, up, down)
 
-        def get(part: Part | None, is_down: bool = False) -> torch.Tensor | None:
-            if part is None or part.bias is None:
-                return None
-            if self.block.inline:
-                owner: Any = self.down_stub if is_down else self
-                return owner.bias  # type: ignore[no-any-return]
-            return part.bias_of(self.get_parameter(self._bias_path[part.bias]))
-
-        gate, up = (self._in_order(get(part), part is self.block.up) for part in (self.block.gate, self.block.up))
-        return ops.Biases(gate, up, get(self.block.down, True))
+    def _stored(self, part: Part | None) -> torch.Tensor | None:
+        """The bias of one of the matrices, as the stock model has it."""
+        if part is None or part.bias is None:
+            return None
+        owner: Any = self
+        if self.block.inline:
+            owner = self.down_stub if part is self.block.down else self
+            return owner.bias  # type: ignore[no-any-return]
+        *path, name = self._bias_path[part.bias].split(".")
+        for inner in path:
+            owner = owner._modules[inner]
+        return part.bias_of(getattr(owner, name))
 
     def _in_order(self, bias: torch.Tensor | None, is_up: bool) -> torch.Tensor | None:
         """A bias in the order of the rows; made anew when it changed, or when a gradient has to pass."""
-        if bias is None or self.order is None:
-            return bias
+        if bias is None:
+            return None
+        assert self.order is not None
         if torch.is_grad_enabled() and bias.requires_grad:
             return bias[self.order]
         key, ours = (bias.data_ptr(), bias._version, bias.dtype), self._ordered.get(is_up)
         if ours is None or ours[1].dtype != bias.dtype:
-            ours = None, bias.detach()[self.order]
+            with torch.inference_mode(False):  # its version is looked at, which a tensor from within does not have
+                ours = None, bias.detach()[self.order]
         elif ours[0] != key:
             torch.index_select(bias.detach(), 0, self.order, out=ours[1])  # in place: who looks sees another version
         self._ordered[is_up] = key, ours[1]
         return ours[1]
 
-    @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
+        if torch.compiler.is_compiling():
+            return self._untraced(x, *residual)
+        begun = time.perf_counter()
         if self.engine is None:
             raise FlashError(
                 f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
@@ -130,13 +148,23 @@ class FlashFFN(nn.Module):
             self._count(x.numel() // x.shape[-1])
         for call in self.on_pass:
             call()
-        x = self.cast(x)
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            y = self.engine.forward(x, self.own_activation, self.biases())
-        else:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            x = self.cast(x)
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
-        return y + residual[0] if self.block.takes_residual and residual else y
+        else:
+            x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+            biases = self.biases() if self._is_biased else ops.NO_BIASES
+            y = self.engine.forward(x, self.own_activation, biases)
+        if residual and self.block.takes_residual:
+            y = y + residual[0]
+        if trace.active is not None:
+            trace.active.add(trace.FFN, begun, time.perf_counter(), self.block.path)
+        return y
+
+    @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
+    def _untraced(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
+        return self.forward(x, *residual)
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
         """`x` in the dtype that the stock block would compute in."""

@@ -100,6 +100,20 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_batch_error.argtypes = [_P, _P]
     lib.hf_flash_batch_free.restype = None
     lib.hf_flash_batch_free.argtypes = [_P]
+    lib.hf_flash_stream_bytes.restype = None
+    lib.hf_flash_stream_bytes.argtypes = [_P]
+    lib.hf_flash_stream_comes.restype = None
+    lib.hf_flash_stream_comes.argtypes = [_P, _I]
+    lib.hf_flash_stream_take.restype = _N
+    lib.hf_flash_stream_take.argtypes = [_P, _I, _I, _P]
+    lib.hf_flash_stream_give.restype = None
+    lib.hf_flash_stream_give.argtypes = [_P, _I]
+    lib.hf_flash_stream_drop.restype = _N
+    lib.hf_flash_stream_drop.argtypes = [_P]
+    lib.hf_flash_sum_add.restype = None
+    lib.hf_flash_sum_add.argtypes = [_P, _P, _I, _I]
+    lib.hf_flash_stream_sum.restype = _N
+    lib.hf_flash_stream_sum.argtypes = [_P, _P]
     return lib
 
 
@@ -107,7 +121,7 @@ _lib = _load()
 
 
 def library() -> ctypes.CDLL | None:
-    """The loaded extension, for readers/uring.py, packing.py and step.py; None where it was not built."""
+    """The loaded extension, for the modules that call it themselves; None where it was not built."""
     return _lib
 
 

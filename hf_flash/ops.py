@@ -27,6 +27,9 @@ class Biases(NamedTuple):
         return (None if self.up is None else self.up[index], None if self.gate is None else self.gate[index])
 
 
+NO_BIASES = Biases()
+
+
 def autocast_input(x: torch.Tensor) -> torch.Tensor:
     """`x` in the dtype that a stock Linear would compute in: under torch.autocast that is not x's own."""
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_flash import native
-from hf_flash.ops import Activation, Biases
+from hf_flash.ops import Activation
 from hf_flash.packing import BLOCK, Packing, choose_base, count_exponents, pack
 
 MULTIPLE = 8  # neurons of a chunk, but for the last one
@@ -77,11 +77,13 @@ def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Te
     return out
 
 
-@functools.lru_cache(maxsize=16)
+_tables: list[torch.Tensor] = []  # one per activation, however many modules of it a model has
+
+
 def table_of(act: Activation) -> torch.Tensor | None:
     """What an activation makes of every bfloat16, [65536] bfloat16 by their bits.
 
-    None if it has parameters, which may change, or is not elementwise.
+    None if it has parameters, which may change, or is not elementwise. Takes about a millisecond: ask once per layer.
     """
     if isinstance(act, torch.nn.Module) and next(act.parameters(), None) is not None:
         return None
@@ -89,42 +91,10 @@ def table_of(act: Activation) -> torch.Tensor | None:
     with torch.no_grad():
         table = act(every)
         same = torch.equal(act(every.flip(0)).view(torch.int16), table.flip(0).view(torch.int16))
-    return table.contiguous() if same and table.dtype == torch.bfloat16 else None
-
-
-class Sum:
-    """The FFN of one token over packed bundles, chunk by chunk in their order.
-
-    Args:
-        x: [d_model] bfloat16.
-        table: of the activation.
-        d_out, gated: of the bundles.
-        biases: bfloat16.
-        n_rows: most neurons of a chunk.
-    """
-
-    def __init__(
-        self, x: torch.Tensor, table: torch.Tensor, d_out: int, gated: bool, biases: Biases, n_rows: int
-    ) -> None:
-        self.x, self._table, self._gated, self._biases = x, table, gated, biases
-        self._h = torch.empty(n_rows, dtype=torch.bfloat16, device="cpu")
-        self._sums = torch.zeros(2, d_out, dtype=torch.float32, device="cpu")
-        self.out = torch.empty(d_out, dtype=torch.bfloat16, device="cpu")
-
-    def add(self, neurons: slice, rows: torch.Tensor, packing: Packing, last: bool) -> None:
-        """Add some neurons; after the last ones `out` has the result.
-
-        Args:
-            neurons: their numbers; the first is a multiple of MULTIPLE.
-            rows: [n, stride] uint8.
-            packing: of these rows alone.
-        """
-        lib = native.library()
-        assert lib is not None and neurons.start % MULTIPLE == 0
-        up, gate = self._biases.part(neurons)
-        lib.hf_flash_ordered_ffn(
-            rows.data_ptr(), rows.stride(0), neurons.start, len(rows), len(self.x), len(self.out), int(self._gated),
-            packing.base, packing.start.data_ptr(), packing.escapes.data_ptr(), self.x.data_ptr(),
-            self._table.data_ptr(), native.pointer(gate), native.pointer(up), native.pointer(self._biases.down),
-            self._h.data_ptr(), self._sums.data_ptr(), self.out.data_ptr() if last else None,
-        )  # fmt: skip
+    if not same or table.dtype != torch.bfloat16:
+        return None
+    for known in _tables:
+        if torch.equal(known.view(torch.int16), table.view(torch.int16)):
+            return known
+    _tables.append(table.contiguous())
+    return _tables[-1]

@@ -39,7 +39,7 @@ _ROWS = {
     "FFN: gate scan": (trace.GATE_SCAN,),
     "FFN: arithmetic": (trace.ARITHMETIC,),
     PYTHON: (trace.FFN, trace.GATE),
-    "submitting reads": (trace.SUBMIT,),
+    "submitting reads": (trace.SUBMIT, trace.STREAM),
     "waiting for flash": (trace.WAIT,),
     "head": (trace.HEAD,),
 }
@@ -241,13 +241,13 @@ def _timed(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
 
 
 def _parts(module: nn.Module, path: str, layers: set[str]) -> Iterator[tuple[nn.Module, str, str]]:
-    """What is below a module: FFNs of ours, the layers around them, attentions and norms; nothing inside those."""
+    """What is below a module: layers with an FFN of ours, attentions and norms; nothing inside those, no FFN."""
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         kind = type(child).__name__.lower()
         if isinstance(child, FlashFFN):
-            yield child, trace.FFN, below
-        elif any(isinstance(inner, FlashFFN) for inner in child.modules()):
+            continue  # these time themselves
+        if any(isinstance(inner, FlashFFN) for inner in child.modules()):
             if below in layers:
                 yield child, trace.LAYER, below
             yield from _parts(child, below, layers)

@@ -3,6 +3,9 @@
 A ring of a few chunk buffers is kept full. While the caller computes on one chunk the others are being read, across
 the border from one layer into the next, so the flash never waits for the arithmetic. Which unit follows which is
 learned from what was asked last time: decoders repeat their layers, encoder-decoders do so after a first pass.
+
+Reads through io_uring are kept in native memory (ring.py), so that a whole layer takes one call; what is done here,
+step by step and with any reader, is the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +23,10 @@ import torch
 from hf_flash import trace
 from hf_flash.layout import DATA_ALIGN, chunk_rows, round_up
 from hf_flash.memory import aligned_empty, shares, view_bytes
-from hf_flash.readers import Read, Reader, Ticket
+from hf_flash.ops import Activation, Biases
+from hf_flash.packed_sum import PackedSum
+from hf_flash.readers import Read, Reader, Ticket, UringReader
+from hf_flash.ring import NativeRing, Unit
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 
@@ -55,13 +61,12 @@ class Stream:
         self._free: list[torch.Tensor] = []
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
         self._units: list[Extent2D] = []
-        self._first: dict[int, int] = {}  # rows of a unit that are pinned and no longer streamed
-        self._keep: dict[int, int] = {}  # rows of a unit that will be pinned after its first pass
-        self._begun: set[int] = set()  # units whose first pass has been read, or is being read
+        self._table = (Unit * 0)()  # where each unit lies, what is pinned of it, and which one follows
         self._order: list[int] = []
-        self._next: dict[int, int] = {}
-        self._last: int | None = None
+        self._last = -1  # the unit that was asked for last; the native ring knows it while there is one
         self._pending: deque[_Pending] = deque()
+        self._ring: NativeRing | None = None
+        self._in_use = False
         self.lock = threading.RLock()
 
     def add(self, unit: Extent2D) -> int:
@@ -69,33 +74,41 @@ class Stream:
 
         Raises nothing; memory for the ring is taken when the first chunk is asked for.
         """
+        assert self._ring is None
+        number, step = len(self._units), chunk_rows(unit.n_rows, unit.row_bytes, self.chunk_bytes)
         self._units.append(unit)
-        size = self.chunk_rows(len(self._units) - 1) * unit.row_bytes + 2 * DATA_ALIGN
+        lies = Unit(start=unit.start, n_rows=unit.n_rows, row_bytes=unit.row_bytes, step=step)
+        self._table = (Unit * (number + 1))(*self._table, lies)
+        size = step * unit.row_bytes + 2 * DATA_ALIGN
         self._buffer_bytes = max(self._buffer_bytes, round_up(size, DATA_ALIGN))
-        self._order.append(len(self._units) - 1)
+        self._order.append(number)
         self._relink()
-        return len(self._units) - 1
+        return number
 
     def _relink(self) -> None:
-        self._next = dict(zip(self._order, self._order[1:] + self._order[:1], strict=True))
+        for row in self._table:
+            row.next = -1
+        for unit, following in zip(self._order, self._order[1:] + self._order[:1], strict=True):
+            self._table[unit].next = following
 
     def chunk_rows(self, unit: int) -> int:
         """Rows in one chunk of a unit."""
-        rows = self._units[unit]
-        return chunk_rows(rows.n_rows, rows.row_bytes, self.chunk_bytes)
+        return self._table[unit].step
 
     def announce_pin(self, unit: int, n_rows: int) -> None:
         """The caller will hold the first `n_rows` of a unit after one pass: they are read ahead once, not again."""
-        self._keep[unit] = n_rows
+        self._table[unit].keep = n_rows
 
     def pin_first(self, unit: int, n_rows: int) -> None:
         """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them now."""
         with self.lock:
             step = self.chunk_rows(unit)
             assert n_rows % step == 0 or n_rows == self._units[unit].n_rows
-            if any(p.chunk[0] == unit and p.chunk[1] * step < n_rows for p in self._pending):
+            if self._ring is not None:
+                self._ring.forget(unit, n_rows)
+            elif any(p.chunk[0] == unit and p.chunk[1] * step < n_rows for p in self._pending):
                 self._drop_pending()
-            self._first[unit] = n_rows
+            self._table[unit].first = n_rows
             if n_rows == self._units[unit].n_rows and unit in self._order:
                 self._order.remove(unit)
                 self._relink()
@@ -117,18 +130,58 @@ class Stream:
             ReadError: a read failed; the stream is usable again afterwards.
         """
         with self.lock:
-            if self._last is not None and unit in self._next:
-                self._next[self._last] = unit
-            self._last = unit if unit in self._next else self._last
-            chunks = self._chunks(unit)
+            within, self._in_use = self._in_use, True
+            ring = self._native()
+            if ring is not None and not within:
+                ring.reclaim()
+            chunks = self._chunks(unit) if ring is None else ring.chunks(unit)
             try:
                 yield chunks
             finally:
                 chunks.close()
+                self._in_use = within
+
+    def sum(self, total: PackedSum, x: torch.Tensor, act: Activation, biases: Biases) -> torch.Tensor | None:
+        """Give the sum over all rows of a unit, in one native call.
+
+        Returns:
+            None where this cannot be had, and then nothing was done: go through `unit`.
+
+        Raises:
+            ReadError: a read failed; the stream is usable again afterwards.
+        """
+        with self.lock:
+            ring = self._ring or self._native()
+            if ring is None or (begun := total.begin(x, act, biases)) is None:
+                return None
+            ring.sum(total)
+            return begun[1] if total.exact else total.end(begun)
+
+    def _comes(self, unit: int) -> None:
+        """Learn that a unit follows the one before."""
+        if self._table[unit].next < 0:
+            return
+        if self._last >= 0 and self._table[self._last].next >= 0:
+            self._table[self._last].next = unit
+        self._last = unit
+
+    def _native(self) -> NativeRing | None:
+        """The ring in native memory, where there can be one."""
+        if self._ring is not None or not self._overlap or not isinstance(self._reader, UringReader):
+            return self._ring
+        if NativeRing.can(self._reader, [unit.file for unit in self._units]):
+            for row, unit in zip(self._table, self._units, strict=True):
+                row.fd = self._reader.fd(unit.file)
+            self._ring = NativeRing(
+                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._stats,
+                [unit.name.removesuffix(".bundles") for unit in self._units],
+            )  # fmt: skip
+        return self._ring
 
     def _chunks(self, unit: int) -> Generator[tuple[int, int, torch.Tensor]]:
+        self._comes(unit)
         step, n_rows = self.chunk_rows(unit), self._units[unit].n_rows
-        for start in range(self._first.get(unit, 0), n_rows, step):
+        for start in range(self._table[unit].first, n_rows, step):
             pending = self._take((unit, start // step))
             try:
                 t0 = time.perf_counter()
@@ -175,9 +228,9 @@ class Stream:
         unit, number = chunk
         if (number + 1) * self.chunk_rows(unit) < self._units[unit].n_rows:
             return unit, number + 1
-        for _ in self._next:
-            unit = self._next.get(unit, unit)
-            first = self._keep.get(unit, 0) if unit in self._begun else self._first.get(unit, 0)
+        for _ in self._units:
+            unit = unit if self._table[unit].next < 0 else self._table[unit].next
+            first = self._table[unit].keep if self._table[unit].begun else self._table[unit].first
             if first < self._units[unit].n_rows:
                 return unit, first // self.chunk_rows(unit)
         return None
@@ -188,7 +241,7 @@ class Stream:
         if not self._free:
             return
         unit, step = self._units[chunk[0]], self.chunk_rows(chunk[0])
-        self._begun.add(chunk[0])
+        self._table[chunk[0]].begun = 1
         first = chunk[1] * step
         n = min(step, unit.n_rows - first)
         begin = unit.start + first * unit.row_bytes
@@ -221,8 +274,11 @@ class Stream:
     def release(self) -> None:
         """Give the ring's memory back; the next use takes it again."""
         with self.lock:
+            if self._ring is not None:
+                self._ring.drop()
+                self._last = self._ring.last
             self._drop_pending()
-            self._free = []
+            self._ring, self._free = None, []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
         return self

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hf_flash import native, ops, ordered, trace
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.memory import aligned_empty
-from hf_flash.packing import sparse_ffn
+from hf_flash.packed_sum import Begun, PackedSum
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer
 from hf_flash.stream import Stream
@@ -44,9 +44,9 @@ class SweepEngine(Engine):
         self._step = stream.chunk_rows(self._unit)
         whole = pinned_rows >= layer.n_neurons
         self._pin = layer.n_neurons if whole else pinned_rows // self._step * self._step
-        self._exact = exact
-        self._numbers = torch.arange(0 if exact else max(self._step, self._pin))
-        self._can_order = exact and layer.packing is not None and not self._step % ordered.MULTIPLE and self._ordered()
+        can_sum = layer.packing is not None and native.available() and not (exact and self._step % ordered.MULTIPLE)
+        most = max(self._step, self._pin)
+        self._sum = PackedSum(layer, self._unit, most, exact, self._scratch) if can_sum else None
         self._to_dense = whole and (unpacked or layer.packing is None)
         stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
@@ -54,6 +54,10 @@ class SweepEngine(Engine):
         self._max_tokens = max_tokens
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
+        if self._sum is not None and (self._pinned is not None or self._pin == 0):  # no row is to be kept on the way
+            y = self._stream.sum(self._sum, x, act, biases)
+            if y is not None:
+                return y
         n_tokens = x.numel() // x.shape[-1]
         self._stats.add(neurons_wanted=self.layer.n_neurons)
         if n_tokens > self._max_tokens:
@@ -75,81 +79,44 @@ class SweepEngine(Engine):
             trace.active.add(trace.ARITHMETIC, t0, time.perf_counter(), self.layer.path)
         return y
 
-    def _ordered(self) -> bool:
-        """Whether the ordered kernels give torch's bits for this layer's matrices."""
-        d_model, d_out = self.layer.layout.d_model, self.layer.layout.d_out
-        return ordered.agrees(self.layer.n_neurons, d_model) and ordered.agrees(d_out, self.layer.n_neurons)
-
     def _sweep(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        if self._can_order and x.numel() == x.shape[-1] and x.dtype == torch.bfloat16:
-            table = ordered.table_of(act)
-            if table is not None and self._ordered():
-                return self._one_token(x, table, biases)
-        code = self._code(x, act)
-        if code is not None:
-            return self._few_tokens(x, code, biases)
+        if self._sum is not None and (begun := self._sum.begin(x, act, biases)) is not None:
+            return self._sweep_packed(self._sum, begun)
         layout, n = self.layer.layout, self.layer.n_neurons
         column_major = x.dtype == torch.float16  # see ops.project
         shape = (layout.d_out, n) if column_major else (n, layout.d_out)
         down = self._work.get("down", shape, x.dtype)
         h = x.new_empty(*x.shape[:-1], n)
-        with self._timed():
-            with self._pinning() as chunks:
-                for neurons, rows in chunks:
-                    t1 = time.perf_counter()
-                    to = down[:, neurons].t() if column_major else down[neurons]
-                    gate, up = self._split(neurons, rows, to)
-                    h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
-                    if trace.active is not None:
-                        trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
-            t1 = time.perf_counter()
-            if column_major:
-                y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
-            else:
-                y = ops.project(h, down, biases.down)
-            if trace.active is not None:
-                trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
-        return y
-
-    def _code(self, x: torch.Tensor, act: ops.Activation) -> tuple[int, float] | None:
-        """What the native kernel for packed rows wants to know, where it can do this pass."""
-        if (
-            self._exact
-            or self.layer.packing is None
-            or not native.available()
-            or x.numel() > native.MAX_TOKENS * x.shape[-1]
-        ):
-            return None
-        return native.any_activation_code(act, x.dtype)
-
-    def _one_token(self, x: torch.Tensor, table: torch.Tensor, biases: ops.Biases) -> torch.Tensor:
-        """Packed rows as they are, chunk by chunk, summed as torch sums."""
-        layout, n, packing = self.layer.layout, self.layer.n_neurons, self.layer.packing
-        assert packing is not None
-        biases = ops.Biases(*(b if b is None else b.to(x.dtype).contiguous() for b in biases))
-        total = ordered.Sum(x.reshape(-1).contiguous(), table, layout.d_out, layout.gated, biases, n)
-        with self._timed(), self._pinning(whole=True) as chunks:
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._pinning() as chunks:
             for neurons, rows in chunks:
                 t1 = time.perf_counter()
-                total.add(neurons, rows, packing.rows(neurons.start, neurons.stop), neurons.stop == n)
+                to = down[:, neurons].t() if column_major else down[neurons]
+                gate, up = self._split(neurons, rows, to)
+                h[..., neurons] = ops.hidden(x, up, act, gate, *biases.part(neurons))
+                if trace.active is not None:
+                    trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        t1 = time.perf_counter()
+        if column_major:
+            y = F.linear(h, down, None if biases.down is None else biases.down.to(x.dtype))
+        else:
+            y = ops.project(h, down, biases.down)
+        if trace.active is not None:
+            trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        return y
+
+    def _sweep_packed(self, total: PackedSum, begun: Begun) -> torch.Tensor:
+        """Packed rows as they are, summed by native kernels."""
+        t0, waited = time.perf_counter(), self._stats.wait_s
+        with self._pinning(whole=True) as chunks:
+            for neurons, rows in chunks:
+                t1 = time.perf_counter()
+                total.add(neurons, rows)
                 if trace.active is not None:
                     trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path, native=True)
-        return total.out.view(*x.shape[:-1], layout.d_out)
-
-    def _few_tokens(self, x: torch.Tensor, code: tuple[int, float], biases: ops.Biases) -> torch.Tensor:
-        """Packed rows as they are, chunk by chunk, summed in float32."""
-        layout, flat = self.layer.layout, x.reshape(-1, x.shape[-1])
-        y = torch.zeros(flat.shape[0], layout.d_out, dtype=torch.float32, device="cpu")
-        packing = self.layer.packing
-        assert packing is not None
-        with self._timed(), self._pinning(whole=True) as chunks:
-            for neurons, rows in chunks:
-                up, gate = biases.part(neurons)
-                slots = self._numbers[: rows.shape[0]]
-                some = packing.rows(neurons.start, neurons.stop)
-                y += sparse_ffn(flat, rows, slots, slots, some, layout.gated, code, gate, up)[0]
-        y = y if biases.down is None else y + biases.down
-        return y.to(x.dtype).view(*x.shape[:-1], layout.d_out)
+        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
+        return total.end(begun)
 
     def _split(
         self, neurons: slice, rows: torch.Tensor, down: torch.Tensor
@@ -179,15 +146,11 @@ class SweepEngine(Engine):
             with self._chunks(None) as chunks:
                 yield ((neurons, *self.layer.split(rows, neurons, self._whole_rows)) for neurons, rows in chunks)
 
+    def _scratch(self, n_bytes: int) -> torch.Tensor:
+        return self._work.get("sum", (1, n_bytes), torch.uint8)
+
     def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
         return self._work.get("unpacked", (n, row_bytes), torch.uint8)
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Count what a sweep takes but for its waits."""
-        t0, waited = time.perf_counter(), self._stats.wait_s
-        yield
-        self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))
 
     @contextlib.contextmanager
     def _pinning(self, whole: bool = False) -> Iterator[Iterator[tuple[slice, torch.Tensor]]]:
@@ -251,6 +214,8 @@ class SweepEngine(Engine):
         if pins is None:
             return
         if len(pins) == 1:
+            if self._sum is not None:
+                self._sum.pin(pins[0])
             self._pinned = pins[0]
         else:
             gate, up, down = pins

@@ -11,8 +11,11 @@ others inside it is its own. Reads are different: they run beside the threads, s
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 FLASH = 0  # the track of reads; threads have their idents, which are not 0
@@ -20,7 +23,11 @@ FLASH = 0  # the track of reads; threads have their idents, which are not 0
 # What spans are called. Whoever times a new thing may use a new name: it gets a row of its own in the table.
 FORWARD, LAYER, ATTENTION, NORM, EMBEDDING, HEAD = "forward", "layer", "attention", "norm", "embedding", "head"
 FFN, GATE, GATE_SCAN, EARLY, ARITHMETIC = "ffn", "gate", "gate scan", "early gate", "arithmetic"
-WAIT, SUBMIT, READ = "wait for flash", "submit reads", "read"
+WAIT, SUBMIT, READ, STREAM = "wait for flash", "submit reads", "read", "stream"
+
+
+_KINDS = (WAIT, SUBMIT, READ, ARITHMETIC, STREAM)  # of native code's events, by number
+_LOG_EVENTS = 1 << 14
 
 
 class Span(NamedTuple):
@@ -35,14 +42,25 @@ class Span(NamedTuple):
 
 
 class Recorder:
-    """Keeps spans, in the order in which they ended. Safe from any thread.
+    """Keeps spans. Safe from any thread.
 
     Attributes:
-        spans: what was noted so far.
+        sources: give the spans that others kept since they were asked last.
     """
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
+        self._spans: list[Span] = []
+        self._new: deque[tuple[Any, ...]] = deque()  # fields of spans: to make one takes time, which is being measured
+        self.sources: list[Callable[[], list[Span]]] = []
+
+    @property
+    def spans(self) -> list[Span]:
+        """What was noted so far."""
+        while self._new:
+            self._spans.append(Span(*self._new.popleft()))
+        for source in self.sources:
+            self._spans += source()
+        return self._spans
 
     def add(self, name: str, start: float, stop: float, layer: str = "", **args: Any) -> None:
         """Note a span of the calling thread.
@@ -53,14 +71,14 @@ class Recorder:
             layer: module path of the FFN or layer that it was done for.
             args: details for the trace file, ready for JSON.
         """
-        self.spans.append(Span(name, start, stop, layer, threading.get_ident(), args))
+        self._new.append((name, start, stop, layer, threading.get_ident(), args))
 
     def add_read(self, start: float, stop: float, n_bytes: int) -> None:
         """Note reads that were under way from their submission until they had landed.
 
         Where the kernel reads on its own (io_uring) they end when it was first seen that they had landed.
         """
-        self.spans.append(Span(READ, start, stop, "", FLASH, {"bytes": n_bytes}))
+        self._new.append((READ, start, stop, "", FLASH, {"bytes": n_bytes}))
 
     def to_chrome(self) -> dict[str, Any]:
         """The spans as Chrome's trace event JSON, which ui.perfetto.dev and chrome://tracing open.
@@ -89,6 +107,59 @@ class Recorder:
         }
         head = [_meta("process_name", 0, "hf_flash"), *(_meta("thread_name", *item) for item in labels.items())]
         return {"traceEvents": head + events, "displayTimeUnit": "ms"}
+
+
+class Event(ctypes.Structure):
+    """What native code notes; the fields of _native/stream.cpp, in its order."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("kind", "unit", "bytes")], ("thread", ctypes.c_uint64),
+        *[(name, ctypes.c_double) for name in ("start", "stop")],
+    ]  # fmt: skip
+
+
+class _Log(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int64), ("most", ctypes.c_int64), ("events", Event * _LOG_EVENTS)]
+
+
+class NativeLog:
+    """Where native code notes events, which become spans when somebody asks.
+
+    Args:
+        names: of the units that events are about, by number.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._log, self._names = _Log(most=_LOG_EVENTS), names
+        self.address = ctypes.addressof(self._log)
+        self._taken, self._kept = 0, b""  # events of the log that were handed over, others of a log before this one
+        self._lock = threading.Lock()
+
+    def make_room(self) -> None:
+        """Called before native code, by its caller: more events than are left free here would be lost."""
+        if self._log.n > _LOG_EVENTS // 2:
+            with self._lock:
+                self._kept += self._rest()
+                self._taken = self._log.n = 0
+
+    def take(self) -> list[Span]:
+        """What was noted since this was called last."""
+        with self._lock:
+            rest = self._rest()
+            data, self._kept = self._kept + rest, b""
+            self._taken += len(rest) // ctypes.sizeof(Event)
+        events = (Event * (len(data) // ctypes.sizeof(Event))).from_buffer_copy(data)
+        return [self._span(event) for event in events]
+
+    def _rest(self) -> bytes:
+        first, size = ctypes.addressof(self._log.events), ctypes.sizeof(Event)
+        return ctypes.string_at(first + self._taken * size, (self._log.n - self._taken) * size)
+
+    def _span(self, event: Event) -> Span:
+        name = _KINDS[event.kind]
+        layer, track = ("", FLASH) if name == READ else (self._names[event.unit], event.thread)
+        args = {"bytes": event.bytes} if event.bytes else {"native": True}
+        return Span(name, event.start, event.stop, layer, track, args)
 
 
 def _lane(lanes: list[float], span: Span) -> int:

@@ -163,6 +163,17 @@ def test_a_bias_that_changed_is_seen(ordered: tuple[PreTrainedModel, Path]) -> N
             model.get_parameter(name).sub_(0.9 * torch.linspace(0, 1, len(model.get_parameter(name))))
 
 
+@pytest.mark.parametrize("gate", ["auto", "all"])
+def test_inference_mode(gate: str, ordered: tuple[PreTrainedModel, Path]) -> None:
+    """Tensors made in there have no version, by which a changed bias is known."""
+    model, folder = ordered
+    flash, ids = load(folder, gate=gate), torch.arange(5, 9)[None]
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            want, got = (m(ids[:, :1], use_cache=False).logits.float() for m in (model, flash))
+        torch.testing.assert_close(got, want, atol=0.1, rtol=0.05)
+
+
 def test_a_gradient_reaches_the_bias_it_belongs_to(ordered: tuple[PreTrainedModel, Path]) -> None:
     model, folder = ordered
     names = [name for name, _ in model.named_parameters() if name.endswith(("fc1.bias", "c_fc.bias"))]

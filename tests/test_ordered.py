@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_flash import native, ops, ordered
+from hf_flash import native, ordered
 from hf_flash.packing import choose_base, count_exponents, pack
 
 LIB = native.library()
@@ -38,28 +38,6 @@ def test_matvec_has_torchs_bits(n: int, k: int) -> None:
 
 
 @needs_order
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("d", "n", "step"), [(64, 40, 8), (192, 1088, 96), (576, 1536, 200), (128, 1027, 512)])
-def test_ffn_has_torchs_bits(d: int, n: int, step: int, gated: bool, biased: bool) -> None:
-    up, down = with_escapes(n, d, seed=1), with_escapes(n, d, seed=2)
-    gate = with_escapes(n, d, seed=3) if gated else None
-    act = F.silu if gated else F.relu
-    biases = ops.Biases(*(with_escapes(m, seed=4) if biased else None for m in (n, n, d)))
-    biases = biases if gated else biases._replace(gate=None)
-    x = with_escapes(1, d, seed=5) * 8
-    rows, packing = packed(torch.cat([part for part in (gate, up, down) if part is not None], dim=1))
-    table = ordered.table_of(act)
-    assert table is not None
-    total = ordered.Sum(x[0], table, d, gated, biases, n)
-    for start in range(0, n, step):
-        stop = min(n, start + step)
-        total.add(slice(start, stop), rows[start:stop], packing.rows(start, stop), stop == n)
-    wanted = ops.dense_ffn(x, up, down.t().contiguous(), act, gate, biases.up, biases.gate, biases.down)
-    assert torch.equal(total.out, wanted[0])
-
-
-@needs_order
 def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     true = F.linear
 
@@ -85,5 +63,6 @@ def test_table_of_an_activation() -> None:
     assert table is not None
     x = torch.linspace(-20, 20, 4099).bfloat16()
     assert torch.equal(table[x.view(torch.int16).int() & 0xFFFF], F.silu(x))
+    assert ordered.table_of(nn.SiLU()) is table, "one table for all layers"
     assert ordered.table_of(nn.PReLU()) is None  # its parameter may change
     assert ordered.table_of(lambda t: t.cumsum(0)) is None  # not elementwise

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 from hf_flash.errors import ReadError
 from hf_flash.layout import DATA_ALIGN, round_up
-from hf_flash.readers import Read, Reader, ThreadReader
+from hf_flash.readers import Read, Reader, ThreadReader, UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 from hf_flash.stream import Stream
@@ -75,6 +75,10 @@ class Ring:
 
     def is_whole(self) -> bool:
         """No buffer got lost or was made twice."""
+        if self.stream._ring is not None:
+            slots = self.stream._ring._slots
+            line = self.stream._ring._line[: self.stream._ring._s.n_line]
+            return sorted(line) == [i for i, slot in enumerate(slots) if slot.batch and not slot.taken]
         buffers = [*self.stream._free, *(p.buffer for p in self.stream._pending)]
         return len({b.data_ptr() for b in buffers}) == len(buffers) == self.stream._n_buffers
 
@@ -179,6 +183,105 @@ def test_a_failed_read_is_raised_and_the_next_use_is_right(
     assert ring.is_whole()
 
 
+# The ring in native memory ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uring(file: Path):  # type: ignore[no-untyped-def]
+    try:
+        reader = UringReader()
+    except OSError as error:
+        pytest.skip(f"no io_uring: {error}")
+    if reader.block_of(reader.open(file)) == 1:
+        pytest.skip("no direct reads here")
+    yield reader
+    reader.close()
+
+
+def under_way(stream: Stream) -> list[tuple[int, int]]:
+    """(unit, first row) of what is being read, in order."""
+    if stream._ring is None:
+        return [(p.chunk[0], p.chunk[1] * stream.chunk_rows(p.chunk[0])) for p in stream._pending]
+    s = stream._ring._s
+    return [(slot.unit, slot.row) for slot in (stream._ring._slots[i] for i in stream._ring._line[: s.n_line])]
+
+
+STEPS = st.tuples(st.integers(0, 4), st.sampled_from(["use", "use", "use", "some", "none", "pin", "release"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.lists(STEPS, min_size=1, max_size=20))
+def test_the_native_ring_does_what_the_reference_does(
+    file: Path, uring: UringReader, units: list[tuple[int, int, int]], sizes: dict[str, int],
+    steps: list[tuple[int, str]],
+) -> None:  # fmt: skip
+    """Whatever is asked for, pinned and abandoned: the same rows, the same reads under way, the same counts."""
+    rings = [Ring(file, units, reader=reader, **sizes) for reader in (uring, FakeReader())]
+    pins = [number % 3 * rings[0].stream.chunk_rows(number) for number in range(len(units))]
+    pins = [pin if pin < n_rows else n_rows for pin, (n_rows, _, _) in zip(pins, units, strict=True)]
+    for ring in rings:
+        for unit, pin in enumerate(pins):
+            ring.stream.announce_pin(unit, pin)
+    pinned = [0] * len(units)
+    for unit, what in steps:
+        unit %= len(units)
+        for ring in rings:
+            if what == "pin":
+                ring.stream.pin_first(unit, pins[unit])
+            elif what == "release":
+                ring.stream.release()
+            else:
+                ring.use(unit, {"use": 1 << 30, "some": 2, "none": 0}[what], pinned[unit])
+        pinned[unit] = pins[unit] if what == "pin" else pinned[unit]
+        ours, theirs = (under_way(ring.stream) for ring in rings)
+        assert ours == theirs
+        ours, theirs = ((ring.stats.bytes_read, ring.stats.n_reads) for ring in rings)
+        assert ours == theirs
+    rings[0].stream.release()
+
+
+def test_a_failed_read_of_the_native_ring(file: Path, uring: UringReader) -> None:
+    """A unit that the file is too short for: an error each time it is asked for, and nothing lost."""
+    ring = Ring(file, [(20, 1000, 0), (30, 4000, 100)], 2000, 3, uring)
+    gone = ring.stream.add(Extent2D("gone", uring.open(file), SIZE - 5000, 20, 1000))
+    for _ in range(3):
+        ring.use(0)
+        ring.use(1)
+        with pytest.raises(ReadError, match="ended early"), ring.stream.unit(gone) as chunks:
+            for _ in chunks:
+                pass
+    assert ring.stream._ring is not None and not any(slot.taken for slot in ring.stream._ring._slots)
+    ring.use(1)
+    ring.stream.release()
+
+
+def test_the_native_ring_of_a_closed_reader(file: Path, uring: UringReader) -> None:
+    reader = UringReader()
+    ring = Ring(file, [(20, 1000, 0), (30, 4000, 100)], 2000, 3, reader)
+    ring.use(0, n_chunks=2)
+    assert under_way(ring.stream)
+    reader.close()
+    with pytest.raises(ReadError, match="closed"):
+        ring.use(1)
+    ring.stream.release()
+
+
+def test_a_lost_chunk_is_found_again(file: Path, uring: UringReader) -> None:
+    """Ctrl-C between the native call and the generator's next line: nobody knows of the buffer that was handed out."""
+    ring = Ring(file, [(20, 1000, 0)], 2000, 2, uring)
+    ring.use(0)
+    assert ring.stream._ring is not None
+    for slot in ring.stream._ring._slots[:1]:
+        ring.stream._ring.drop()
+        slot.taken = 1
+    ring.use(0)
+    assert not any(slot.taken for slot in ring.stream._ring._slots)
+    ring.stream.release()
+
+
+# Ends and corners ---------------------------------------------------------------------------------------------------
+
+
 def test_a_reader_that_takes_nothing_costs_no_buffer(file: Path) -> None:
     ring = Ring(file, [(20, 1000, 0)], 2000, 3, FakeReader())
     ring.use(0)
@@ -192,9 +295,10 @@ def test_a_reader_that_takes_nothing_costs_no_buffer(file: Path) -> None:
         assert ring.is_whole()
 
 
-def test_one_unit_inside_another(file: Path) -> None:
+@pytest.mark.parametrize("native", [False, True])
+def test_one_unit_inside_another(file: Path, native: bool, uring: UringReader) -> None:
     """A gradient's backward pass may enter the stream again from the thread that is in it."""
-    ring = Ring(file, [(20, 1000, 0), (15, 700, 100)], 2000, 2, FakeReader())
+    ring = Ring(file, [(20, 1000, 0), (15, 700, 100)], 2000, 2, uring if native else FakeReader())
     n_rows = 0
     with ring.stream.unit(0) as chunks:
         for start, stop, rows in chunks:
@@ -214,7 +318,9 @@ def test_released_memory_is_taken_again(file: Path) -> None:
     assert ring.is_whole()
 
 
-@pytest.mark.parametrize("make", [FakeReader, lambda: FakeReader(late=True, strict=True), lambda: ThreadReader(3)])
+@pytest.mark.parametrize(
+    "make", [FakeReader, lambda: FakeReader(late=True, strict=True), lambda: ThreadReader(3), UringReader]
+)
 def test_two_threads_share_a_ring(file: Path, make: Callable[[], Reader]) -> None:
     ring = Ring(file, [(30, 1024, 512), (17, 999, 7), (5, 4096, 0)], 4096, 3, make())
     failures: list[BaseException] = []

@@ -1,0 +1,305 @@
+// The ring of stream.py for io_uring: chunks of a layer are waited for, read ahead and summed up with no Python between.
+//
+// stream.py does the same for every reader and is the reference: which chunk follows which, when a read is started, what
+// is dropped. Here all of the ring's state lives in the structs below, so a signal between two lines of Python loses nothing.
+// Whoever calls holds the stream's lock.
+#include <pthread.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+
+extern "C" {
+void *hf_flash_ring_submit(void *, int64_t, const int *, const int64_t *, const int64_t *, const int64_t *, const uint64_t *,
+                           const int64_t *);
+int hf_flash_batch_wait(void *, void *);
+void hf_flash_batch_free(void *);
+void hf_flash_ordered_ffn(const uint8_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, const int32_t *,
+                          const uint32_t *, const uint16_t *, const uint16_t *, const uint16_t *, const uint16_t *,
+                          const uint16_t *, uint16_t *, float *, uint16_t *);
+int64_t hf_flash_packed_ffn(const float *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, const int64_t *,
+                            const int64_t *, int64_t, const float *, const float *, int, int, const int32_t *,
+                            const uint32_t *, int, int, float, float *);
+
+struct Unit {  // rows that are streamed; ring.py has the fields of these structs in the same order
+  int64_t fd, start, n_rows, row_bytes, step;  // step: rows of a chunk
+  int64_t next;                // the unit that is read ahead after this one, -1 where nothing of this one is read any more
+  int64_t first, keep, begun;  // rows that are pinned; that will be, once the first pass is through; whether that began
+};
+
+struct Slot {  // one buffer
+  uint8_t *memory, *rows;
+  void *batch;  // null: nothing is under way
+  int64_t unit, row, n;
+  int64_t taken;  // whoever called is using it
+  int64_t bytes;
+  double begun;
+};
+
+struct Event {  // for trace.py
+  int64_t kind, unit, bytes;
+  uint64_t thread;  // as Python's threading.get_ident() has it
+  double start, stop;
+};
+
+struct Log {
+  int64_t n, most;
+  Event events[1];  // [most]
+};
+
+struct Counters {  // FlashStats has their meaning; they only grow
+  int64_t bytes_read, n_reads, neurons_wanted, neurons_hit, neurons_read;
+  double wait_s, compute_s;
+};
+
+struct Stream {
+  void *ring;  // null: the reader is closed, which has waited for everything
+  Unit *units;
+  int64_t n_units;
+  Slot *slots;
+  int64_t n_slots;
+  int64_t *line, n_line;  // slots with reads under way, in the order in which they will be asked for
+  int64_t last;           // the unit that was asked for last, -1 before the first
+  void *failed;           // what was being read when a call returned FAILED
+  Counters counters;
+  Log *log;  // null: nobody wants to know
+};
+
+struct Sum {  // packed_sum.py
+  int64_t unit, n_pinned, row;  // row: the neuron to go on with
+  const uint8_t *pinned;        // [n_pinned] rows that are in DRAM
+  int64_t d, d_out, n, stride, gated, base;
+  const int32_t *start;
+  const uint32_t *escapes;
+  const void *x, *gate_bias, *up_bias, *down_bias;
+  void *out;
+  const uint16_t *table;  // ordered sums of bfloat16: what the activation makes of each; null: float32 sums, all float
+  uint16_t *h;
+  float *sums;
+  int64_t n_tokens, dtype, act;
+  float threshold;
+  const int64_t *numbers;
+};
+}
+
+namespace {
+
+enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
+enum { WAIT = 0, SUBMIT = 1, READ = 2, ARITHMETIC = 3, STREAM = 4 };
+
+constexpr int64_t ALIGN = 4096;
+constexpr int64_t RESERVE = 1;  // buffers that stay free while the caller waits: filled as soon as something has landed
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void note(Stream *s, int64_t kind, int64_t unit, double start, int64_t bytes = 0) {
+  if (s->log && s->log->n < s->log->most)
+    s->log->events[s->log->n++] = Event{kind, unit, bytes, static_cast<uint64_t>(pthread_self()), start, now()};
+}
+
+int64_t n_free(const Stream *s) {
+  int64_t n = s->n_slots - s->n_line;
+  for (int64_t i = 0; i < s->n_slots; i++) n -= s->slots[i].taken;
+  return n;
+}
+
+Slot *free_slot(Stream *s) {
+  for (int64_t i = 0; i < s->n_slots; i++)
+    if (!s->slots[i].taken && !s->slots[i].batch) return s->slots + i;
+  return nullptr;
+}
+
+// The chunk to read ahead after the one at *row of *unit; false where everything else stays in DRAM.
+bool following(const Stream *s, int64_t *unit, int64_t *row) {
+  *row += s->units[*unit].step;
+  if (*row < s->units[*unit].n_rows) return true;
+  for (int64_t i = 0; i < s->n_units; i++) {
+    if (s->units[*unit].next >= 0) *unit = s->units[*unit].next;
+    const Unit &u = s->units[*unit];
+    *row = u.begun ? u.keep : u.first;
+    if (*row < u.n_rows) return true;
+  }
+  return false;
+}
+
+void schedule(Stream *s, int64_t unit, int64_t row) {
+  Slot *slot = free_slot(s);
+  if (!slot) return;
+  Unit &u = s->units[unit];
+  u.begun = 1;
+  const int64_t n = row + u.step < u.n_rows ? u.step : u.n_rows - row;
+  const int64_t begin = u.start + row * u.row_bytes, aligned = begin / ALIGN * ALIGN;
+  const int64_t need = begin - aligned + n * u.row_bytes, length = (need + ALIGN - 1) / ALIGN * ALIGN;
+  const int fd = static_cast<int>(u.fd);
+  const int64_t first[2] = {0, 1};
+  const uint64_t address = reinterpret_cast<uint64_t>(slot->memory);
+  slot->begun = now();
+  slot->unit = unit, slot->row = row, slot->n = n, slot->bytes = length;
+  slot->rows = slot->memory + (begin - aligned);
+  slot->batch = hf_flash_ring_submit(s->ring, 1, &fd, &aligned, &need, first, &address, &length);
+  s->line[s->n_line++] = slot - s->slots;
+  s->counters.bytes_read += length, s->counters.n_reads++;
+  note(s, SUBMIT, unit, slot->begun, length);
+}
+
+void refill(Stream *s, int64_t reserve) {
+  for (int64_t n = n_free(s); s->n_line && n > reserve; n--) {
+    const Slot &last = s->slots[s->line[s->n_line - 1]];
+    int64_t unit = last.unit, row = last.row;
+    if (!following(s, &unit, &row)) return;
+    schedule(s, unit, row);
+  }
+}
+
+Slot *front(Stream *s) { return s->slots + s->line[0]; }
+
+void leave_line(Stream *s) {
+  note(s, READ, front(s)->unit, front(s)->begun, front(s)->bytes);
+  front(s)->batch = nullptr;
+  s->n_line--;
+  std::memmove(s->line, s->line + 1, static_cast<size_t>(s->n_line) * sizeof *s->line);
+}
+
+// Wait for the first of the line and forget it, whatever became of it.
+int drop_front(Stream *s) {
+  void *batch = front(s)->batch;
+  if (s->ring && hf_flash_batch_wait(s->ring, batch) == SIGNAL) return SIGNAL;
+  leave_line(s);
+  hf_flash_batch_free(batch);
+  return DONE;
+}
+
+int drop_all(Stream *s) {
+  while (s->n_line)
+    if (drop_front(s) == SIGNAL) return SIGNAL;
+  return DONE;
+}
+
+bool is(const Slot &slot, int64_t unit, int64_t row) { return slot.unit == unit && slot.row == row; }
+
+// The chunk's rows, landed, in *taken, with reads of what follows under way. After SIGNAL call it again.
+int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
+  bool there = false;
+  for (int64_t i = 0; i < s->n_line; i++) there = there || is(s->slots[s->line[i]], unit, row);
+  if (!there) {
+    if (drop_all(s) == SIGNAL) return SIGNAL;
+    schedule(s, unit, row);
+    if (!s->n_line) return NO_ROOM;
+  }
+  while (!is(*front(s), unit, row))
+    if (drop_front(s) == SIGNAL) return SIGNAL;
+  int64_t next = unit, at = row;
+  if (s->n_line == 1 && following(s, &next, &at)) schedule(s, next, at);
+  refill(s, RESERVE);
+  const double waiting = now();
+  void *batch = front(s)->batch;
+  const int result = hf_flash_batch_wait(s->ring, batch);
+  if (result != SIGNAL) {
+    *taken = front(s);
+    leave_line(s);
+    if (result == DONE) {
+      hf_flash_batch_free(batch);
+      (*taken)->taken = 1;
+      refill(s, 0);  // a device that shares its time ends all reads at once: it goes on at once, too
+    } else {
+      s->failed = batch;
+      refill(s, RESERVE);
+    }
+  }
+  s->counters.wait_s += now() - waiting;
+  note(s, WAIT, unit, waiting);
+  return result;
+}
+
+// Learn that a unit follows the one before.
+void comes(Stream *s, int64_t unit) {
+  if (s->units[unit].next < 0) return;
+  if (s->last >= 0 && s->units[s->last].next >= 0) s->units[s->last].next = unit;
+  s->last = unit;
+}
+
+void give(Stream *s, Slot *slot) {
+  slot->taken = 0;
+  if (s->ring) refill(s, RESERVE);
+}
+
+void add(const Sum *f, const uint8_t *rows, int64_t number, int64_t n) {
+  const int gated = static_cast<int>(f->gated), base = static_cast<int>(f->base);
+  if (f->table) {
+    const uint16_t *gate = static_cast<const uint16_t *>(f->gate_bias), *up = static_cast<const uint16_t *>(f->up_bias);
+    if (number == 0) std::memset(f->sums, 0, static_cast<size_t>(2 * f->d_out) * sizeof *f->sums);
+    hf_flash_ordered_ffn(rows, f->stride, number, n, f->d, f->d_out, gated, base, f->start + number, f->escapes,
+                         static_cast<const uint16_t *>(f->x), f->table, gate ? gate + number : nullptr,
+                         up ? up + number : nullptr, static_cast<const uint16_t *>(f->down_bias), f->h, f->sums,
+                         number + n == f->n ? static_cast<uint16_t *>(f->out) : nullptr);
+    return;
+  }
+  const float *gate = static_cast<const float *>(f->gate_bias), *up = static_cast<const float *>(f->up_bias);
+  hf_flash_packed_ffn(static_cast<const float *>(f->x), f->n_tokens, f->d, f->d_out, rows, f->stride, f->numbers, f->numbers,
+                      n, gate ? gate + number : nullptr, up ? up + number : nullptr, gated, base, f->start + number,
+                      f->escapes, static_cast<int>(f->dtype), static_cast<int>(f->act), f->threshold,
+                      static_cast<float *>(f->out));
+}
+
+void add_noted(Stream *s, const Sum *f, const uint8_t *rows, int64_t number, int64_t n) {
+  const double begun = now();
+  add(f, rows, number, n);
+  note(s, ARITHMETIC, f->unit, begun);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of the structs, for ring.py and packed_sum.py to compare with theirs.
+void hf_flash_stream_bytes(int64_t *out) {
+  out[0] = sizeof(Unit), out[1] = sizeof(Slot), out[2] = sizeof(Event), out[3] = sizeof(Stream), out[4] = sizeof(Sum);
+}
+
+void hf_flash_stream_comes(Stream *s, int64_t unit) { comes(s, unit); }
+
+// Wait for the chunk at `row` of a unit; *slot is the caller's until it is given back. 0: it is there; 1: its read
+// failed, see `failed`; 2: a signal came, call again; 3: the caller holds every buffer.
+int hf_flash_stream_take(Stream *s, int64_t unit, int64_t row, int64_t *slot) {
+  Slot *taken;
+  const int result = take(s, unit, row, &taken);
+  if (result == DONE) *slot = taken - s->slots;
+  return result;
+}
+
+void hf_flash_stream_give(Stream *s, int64_t slot) { give(s, s->slots + slot); }
+
+// Wait for all reads and forget them. 0, or 2: a signal came, call again.
+int hf_flash_stream_drop(Stream *s) { return drop_all(s); }
+
+// Add neurons `number` .. `number + n`, which lie at `rows`. Those of 0 come first, those that end at `n` last.
+void hf_flash_sum_add(const Sum *f, const uint8_t *rows, int64_t number, int64_t n) { add(f, rows, number, n); }
+
+// Add a whole unit: what is pinned, then what is streamed. f->row is 0 at first; after 2 the next call goes on where this one
+// was. Returns as hf_flash_stream_take does.
+int hf_flash_stream_sum(Stream *s, Sum *f) {
+  Counters &c = s->counters;
+  const double begun = now(), waited = c.wait_s;
+  int result = DONE;
+  if (f->row == 0) {
+    comes(s, f->unit);
+    if (f->n_pinned) add_noted(s, f, f->pinned, 0, f->n_pinned);
+    f->row = f->n_pinned;
+    c.neurons_wanted += f->n, c.neurons_hit += f->n_pinned;
+  }
+  while (f->row < f->n) {
+    Slot *slot;
+    result = take(s, f->unit, f->row, &slot);
+    if (result) break;
+    add_noted(s, f, slot->rows, slot->row, slot->n);
+    f->row += slot->n, c.neurons_read += slot->n;
+    give(s, slot);
+  }
+  c.compute_s += now() - begun - (c.wait_s - waited);
+  note(s, STREAM, f->unit, begun);
+  return result;
+}
+
+}  // extern "C"
