@@ -209,8 +209,9 @@ class NativeStep:
             key_now = None if bias is None else (bias.data_ptr(), bias._version, dtype)
             if self._biases[i][0] != key_now:
                 rounded = None if bias is None else bias.detach().to(dtype).float().contiguous()
-                self._biases[i] = key_now, rounded
+                # The pointer first: if Ctrl-C comes between, the next call sees an old key and does it again.
                 setattr(s, ("gate_bias", "up_bias", "down_bias")[i], None if rounded is None else rounded.data_ptr())
+                self._biases[i] = key_now, rounded
 
     def _failure(self) -> BaseException:
         error = self._reader.error_of(self._s.early or self._s.batch)
