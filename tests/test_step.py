@@ -120,6 +120,19 @@ def test_steps_and_sweeps_take_turns(tmp_path: Path) -> None:
         books_are_true(ours)
 
 
+def test_a_step_that_found_no_room_leaves_room_for_the_next(tmp_path: Path) -> None:
+    """Bug: what it had read counted as in use until its own time came, and another thread's step found no slots."""
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    ours, theirs = layer.engine(act, 400, True), layer.engine(act, N, False)
+    for some, one in zip(walk(8, F32, 8), walk(8, F32), strict=True):
+        ours.early(some[:2], layer.biases)
+        assert ours._step is not None
+        assert ours._step.run(some, act, layer.biases) is None, "8 tokens want more than there are slots for"
+        got, want = (engine.forward(one, act, layer.biases) for engine in (ours, theirs))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-5)
+        books_are_true(ours)
+
+
 def test_a_bias_that_changed_is_seen(tmp_path: Path) -> None:
     layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
     engine, x = layer.engine(act, N, True), torch.randn(1, D)

@@ -75,6 +75,7 @@ int land(Step *s, void **batch) {
 }
 
 const double COLD = -2;  // log2 of a score below which a neuron is not guessed at: it fires less than once in 350 tokens
+const int NO_ROOM = 3;  // a result
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
@@ -193,10 +194,24 @@ int fetch(Step *s, const std::vector<int64_t> &missing) {
     while (result == 2) result = land_early(s);
     if (result) return result;
     old = victims(s, n_old, false);
+    if (static_cast<int64_t>(old.size()) < n_old) return NO_ROOM;
   }
   s->batch = read_into_slots(s, s->batch, missing, fresh_and_old(s, missing.size(), old), &s->n_bytes, &s->n_reads);
   for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->ids[i]];
   return 0;
+}
+
+// The step is not to be: no time has passed, nobody is in use, and nothing is under way. What was read stays.
+int undo(Step *s, int64_t T) {
+  int result = 2;
+  while (result == 2) result = land_early(s);
+  if (result) return result;
+  result = 2;
+  while (result == 2) result = land(s, &s->batch);
+  if (result) return result;
+  s->clock -= T;
+  for (int64_t i = 0; i < s->n_wanted; i++) s->last[s->ids[i]] = std::min(s->last[s->ids[i]], s->clock);
+  return NO_ROOM;
 }
 
 std::vector<float> gather(const float *bias, const int64_t *ids, int64_t n) {
@@ -258,13 +273,8 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y) {
                                 s->ids, s->marks, found, &meanwhile);
   }
   s->gate_s = now() - begun - meanwhile.spent, s->wait_s = s->ffn_s = 0;
-  if (s->n_wanted > s->n_slots) {
-    s->clock -= T;
-    int result = 2;
-    while (result == 2) result = land(s, &s->batch);
-    return result ? result : 3;
-  }
-  const int result = fetch(s, meanwhile.missing);
+  const int result = s->n_wanted > s->n_slots ? NO_ROOM : fetch(s, meanwhile.missing);
+  if (result == NO_ROOM) return undo(s, T);
   return result ? result : wait_and_compute(s, x, T, dtype, y);
 }
 
