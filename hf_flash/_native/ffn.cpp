@@ -4,6 +4,7 @@
 // a core needs to keep its memory busy. How many loads it has under way itself depends on how many instructions a line
 // takes, so 16-bit numbers, which must be widened, are fetched a little ahead by hand, and bfloat16 is widened where it
 // lies, the even numbers of a line and the odd ones. For float32 the hardware does better alone (benchmarks/kernels.py).
+#include "calls.h"
 #include "ffn.h"
 #if defined(__x86_64__)
 #include <immintrin.h>

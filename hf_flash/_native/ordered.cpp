@@ -4,6 +4,7 @@
 // products added to a float32) over 512 inputs, and adds the chains. The chains here are the same ones, with 16
 // outputs in a register, so nothing is unpacked to memory. Whether torch does sum so is tested where it matters: see
 // ordered.py, which compares both on every shape before it relies on this.
+#include "calls.h"
 #include "ffn.h"
 #include "packed.h"
 

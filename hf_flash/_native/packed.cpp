@@ -3,6 +3,7 @@
 // A row of E weights is E bytes (sign and mantissa) and E / 2 bytes of exponent codes, 4 bits each: code 0 is exponent
 // 0 (zero and subnormal numbers), code c is exponent base + c. What does not fit is an escape: it is stored as a number
 // below 2^-126, which adds nothing to a sum, and its true value is added from a list in DRAM.
+#include "calls.h"
 #include "ffn.h"
 #include "packed.h"
 #if defined(__x86_64__)

@@ -3,23 +3,13 @@
 // The arrays are those of cache.py and window.py, which do the same in Python where this cannot be had (no io_uring, many
 // tokens) and are its reference. Whoever calls holds the cache's lock.
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
+#include "calls.h"
 #include "ffn.h"
 #include "gate.h"
 
 extern "C" {
-void *hf_flash_ring_submit_rows(void *, void *, int, int64_t, int64_t, const int64_t *, int64_t, uint64_t,
-                                const int64_t *, int64_t, int64_t, uint64_t, int64_t *, int64_t *);
-int hf_flash_batch_wait(void *, void *);
-void hf_flash_batch_free(void *);
-int64_t hf_flash_sparse_ffn(const float *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, const int64_t *, int64_t,
-                            const float *, const float *, int, int, int, int, float, float *);
-int64_t hf_flash_packed_ffn(const float *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, const int64_t *,
-                            const int64_t *, int64_t, const float *, const float *, int, int, const int32_t *,
-                            const uint32_t *, int, int, float, float *);
-
 struct Step {  // step.py has the same fields in the same order
   int64_t d, d_out, n;
   // The gate: certified.py. Arithmetic's part by dtype of x (float32, float16, bfloat16): gamma, per_norm, tiny, unit.
@@ -60,10 +50,6 @@ struct Step {  // step.py has the same fields in the same order
 
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 // Waits for a batch and forgets it. 0: it is there; 1: a read failed, and the batch says which; 2: a signal came.
 int land(Step *s, void **batch) {
   if (!*batch) return 0;
@@ -75,7 +61,6 @@ int land(Step *s, void **batch) {
 }
 
 const double COLD = -2;  // log2 of a score below which a neuron is not guessed at: it fires less than once in 350 tokens
-const int NO_ROOM = 3;  // a result
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
@@ -126,7 +111,7 @@ void *read_into_slots(Step *s, void *batch, const std::vector<int64_t> &neurons,
   return batch;
 }
 
-// Slots for `missing`: fresh ones, then as many of `old` as are needed.
+// n slots: fresh ones, then as many of `old` as are needed.
 std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t> &old) {
   std::vector<int64_t> slots;
   for (size_t k = 0; slots.size() < n;) {
@@ -190,8 +175,8 @@ int fetch(Step *s, const std::vector<int64_t> &missing) {
   const int64_t n_old = std::max<int64_t>(0, n - (s->n_slots - s->n_used));
   std::vector<int64_t> old = victims(s, n_old, false);
   if (static_cast<int64_t>(old.size()) < n_old) {  // wrong guesses are in the way: wait for them, then they can go
-    int result = 2;
-    while (result == 2) result = land_early(s);
+    int result = SIGNAL;
+    while (result == SIGNAL) result = land_early(s);
     if (result) return result;
     old = victims(s, n_old, false);
     if (static_cast<int64_t>(old.size()) < n_old) return NO_ROOM;
@@ -203,11 +188,11 @@ int fetch(Step *s, const std::vector<int64_t> &missing) {
 
 // The step is not to be: no time has passed, nobody is in use, and nothing is under way. What was read stays.
 int undo(Step *s, int64_t T) {
-  int result = 2;
-  while (result == 2) result = land_early(s);
+  int result = SIGNAL;
+  while (result == SIGNAL) result = land_early(s);
   if (result) return result;
-  result = 2;
-  while (result == 2) result = land(s, &s->batch);
+  result = SIGNAL;
+  while (result == SIGNAL) result = land(s, &s->batch);
   if (result) return result;
   s->clock -= T;
   for (int64_t i = 0; i < s->n_wanted; i++) s->last[s->ids[i]] = std::min(s->last[s->ids[i]], s->clock);

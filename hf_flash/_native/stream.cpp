@@ -5,22 +5,12 @@
 // Whoever calls holds the stream's lock.
 #include <pthread.h>
 
-#include <chrono>
 #include <cstdint>
 #include <cstring>
 
-extern "C" {
-void *hf_flash_ring_submit(void *, int64_t, const int *, const int64_t *, const int64_t *, const int64_t *, const uint64_t *,
-                           const int64_t *);
-int hf_flash_batch_wait(void *, void *);
-void hf_flash_batch_free(void *);
-void hf_flash_ordered_ffn(const uint8_t *, int64_t, int64_t, int64_t, int64_t, int64_t, int, int, const int32_t *,
-                          const uint32_t *, const uint16_t *, const uint16_t *, const uint16_t *, const uint16_t *,
-                          const uint16_t *, uint16_t *, float *, uint16_t *);
-int64_t hf_flash_packed_ffn(const float *, int64_t, int64_t, int64_t, const uint8_t *, int64_t, const int64_t *,
-                            const int64_t *, int64_t, const float *, const float *, int, int, const int32_t *,
-                            const uint32_t *, int, int, float, float *);
+#include "calls.h"
 
+extern "C" {
 struct Unit {  // rows that are streamed; ring.py has the fields of these structs in the same order
   int64_t fd, start, n_rows, row_bytes, step;  // step: rows of a chunk
   int64_t next;                // the unit that is read ahead after this one, -1 where nothing of this one is read any more
@@ -84,15 +74,10 @@ struct Sum {  // packed_sum.py
 
 namespace {
 
-enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
 enum { WAIT = 0, SUBMIT = 1, READ = 2, ARITHMETIC = 3, STREAM = 4 };
 
 constexpr int64_t ALIGN = 4096;
 constexpr int64_t RESERVE = 1;  // buffers that stay free while the caller waits: filled as soon as something has landed
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 void note(Stream *s, int64_t kind, int64_t unit, double start, int64_t bytes = 0) {
   if (s->log && s->log->n < s->log->most)

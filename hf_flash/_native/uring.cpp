@@ -16,6 +16,8 @@
 #include <mutex>
 #include <vector>
 
+#include "calls.h"
+
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>
 #include <sys/mman.h>

@@ -1,0 +1,32 @@
+// What the files of this folder call of each other besides the gate; the definitions include it too, and so are compared.
+#pragma once
+#include <chrono>
+#include <cstdint>
+
+// Results of calls that wait. SIGNAL: its handler has to run, then call again.
+enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
+
+static inline double now() {  // seconds
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+extern "C" {
+void *hf_flash_ring_submit(void *ring, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,
+                           const int64_t *first, const uint64_t *addresses, const int64_t *lengths);
+void *hf_flash_ring_submit_rows(void *ring, void *batch, int fd, int64_t start, int64_t row_bytes, const int64_t *rows,
+                                int64_t n, uint64_t base, const int64_t *slots, int64_t max_gap, int64_t max_rows,
+                                uint64_t sink, int64_t *n_bytes, int64_t *n_reads);
+int hf_flash_batch_wait(void *ring, void *batch);
+void hf_flash_batch_free(void *batch);
+int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
+                            const int64_t *slots, int64_t n, const float *gate_bias, const float *up_bias, int gated,
+                            int dtype, int round_dtype, int act, float threshold, float *out);
+int64_t hf_flash_packed_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
+                            const int64_t *slots, const int64_t *ids, int64_t n, const float *gate_bias,
+                            const float *up_bias, int gated, int base, const int32_t *start, const uint32_t *escapes,
+                            int round_dtype, int act, float threshold, float *out);
+void hf_flash_ordered_ffn(const uint8_t *rows, int64_t stride, int64_t number, int64_t n, int64_t d, int64_t d_out,
+                          int gated, int base, const int32_t *start, const uint32_t *escapes, const uint16_t *x,
+                          const uint16_t *table, const uint16_t *gate_bias, const uint16_t *up_bias,
+                          const uint16_t *down_bias, uint16_t *h, float *sums, uint16_t *out);
+}
