@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_flash import early, lookahead
 from hf_flash.balance import Balance
-from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan
+from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, settle
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
@@ -37,7 +37,7 @@ from hf_flash.gates.predicted import scratch_bytes as predicted_scratch_bytes
 from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
-from hf_flash.linear import FlashEmbedding, FlashLinear, OnFlashLinear, PackedEmbedding, PackedLinear
+from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
@@ -67,6 +67,7 @@ class FlashRuntime:
 
     Attributes:
         config, plan, stats: as the user sees them.
+        demand: what the plan divides memory among.
         store: the open checkpoint. files: its flash files by name. gates_file: sketches, or None.
         balances: of the layers whose caches share memory.
         located: where the resident tensors lie.
@@ -74,8 +75,10 @@ class FlashRuntime:
         stored_paths: module path -> its name on flash, where the checkpoint was made from another class of the model.
     """
 
-    def __init__(self, config: FlashConfig, plan: Plan, blocks: list[FFNBlock], located: Located | None) -> None:
-        self.config, self.plan, self.blocks, self.located = config, plan, blocks, located
+    def __init__(
+        self, config: FlashConfig, plan: Plan, demand: Demand, blocks: list[FFNBlock], located: Located | None
+    ) -> None:
+        self.config, self.plan, self.demand, self.blocks, self.located = config, plan, demand, blocks, located
         self.stats = FlashStats(plan=plan.to_dict())
         self.stored_paths: dict[str, str] = {}
         self.tied: dict[str, str] = {}
@@ -384,11 +387,12 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         CheckpointError: a file is missing, torn or truncated.
     """
     return_large_blocks()
-    config, plan, stats = runtime.config, runtime.plan, runtime.stats
+    config, stats = runtime.config, runtime.stats
     reader = open_reader(n_threads=config.n_threads)
     apart = "bundling" in config.without
     n_matrices = 3 if any(block.gate is not None for block in runtime.blocks) else 2
     runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)
+    plan = _pack_residents(model, runtime)
     overlap = "overlap" not in config.without
     stream = Stream(reader, plan.chunk_bytes, plan.n_buffers, stats, overlap)
     keeps = "window" not in config.without
@@ -414,8 +418,10 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
                 module.stats, module.trim = stats, True
-        elif isinstance(module, (OnFlashLinear, FlashEmbedding)):
-            _connect_matrix(module, path, runtime, stream)
+        elif isinstance(module, FlashLinear):
+            module.connect(stream, *_extent_of(path, runtime))
+        elif isinstance(module, FlashEmbedding):
+            module.connect(reader, *_extent_of(path, runtime), stats)
     runtime.balances = [] if not keeps else _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
@@ -444,17 +450,28 @@ def _share_slots(engines: Sequence[Engine | None]) -> list[Balance]:
     return [Balance(some, [engine.cache.n_slots for engine in some]) for some in sizes.values()]
 
 
-def _connect_matrix(module: OnFlashLinear | FlashEmbedding, path: str, runtime: FlashRuntime, stream: Stream) -> None:
+def _pack_residents(model: PreTrainedModel, runtime: FlashRuntime) -> Plan:
+    """Read the matrices that stay in DRAM in fewer bits; what they do not take of their part goes to the FFNs."""
+    exact = runtime.config.exact and "all" in runtime.plan.gates.values()
+    taken = {}
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            assert runtime.store is not None
+            module.connect(runtime.store.reader, _extent_of(path, runtime)[0], exact)
+            taken[path] = module.matrix.n_bytes
+    if taken:
+        runtime.plan = settle(runtime.plan, runtime.demand, taken)
+        runtime.stats.plan = runtime.plan.to_dict()
+    return runtime.plan
+
+
+def _extent_of(path: str, runtime: FlashRuntime) -> tuple[Extent2D, torch.dtype]:
+    """Where a matrix lies, [out_features, in_features * itemsize], and its dtype there."""
     assert runtime.located is not None and runtime.store is not None
     entry = runtime.located.by_param[f"{path}.weight"]
-    reader = runtime.store.reader
-    rows = Extent2D(entry.name, reader.open(entry.path), entry.start, entry.shape[0], entry.n_bytes // entry.shape[0])
-    if isinstance(module, FlashLinear):
-        module.connect(stream, rows, DTYPES[entry.dtype])
-    elif isinstance(module, PackedLinear):
-        module.connect(reader, rows, runtime.config.exact and "all" in runtime.plan.gates.values())
-    elif isinstance(module, FlashEmbedding):
-        module.connect(reader, rows, DTYPES[entry.dtype], runtime.stats)
+    file = runtime.store.reader.open(entry.path)
+    rows = Extent2D(entry.name, file, entry.start, entry.shape[0], entry.n_bytes // entry.shape[0])
+    return rows, DTYPES[entry.dtype]
 
 
 def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime: FlashRuntime) -> Gate:
@@ -508,14 +525,14 @@ def make_resident(model: PreTrainedModel) -> None:
 def plan_for(
     model: PreTrainedModel, blocks: list[FFNBlock], geometry: Mapping[str, Geometry], config: FlashConfig,
     located: Located | None,
-) -> Plan:  # fmt: skip
-    """Demand and cap to plan.
+) -> tuple[Plan, Demand]:  # fmt: skip
+    """Cap to plan, and what it divides the cap among.
 
     Raises:
         MemoryCapError: the cap is too small; names the smallest that would do.
     """
     demand = demand_of(model, blocks, geometry, config, located)
-    return make_plan(demand, config.cap(), "residents" not in config.without)
+    return make_plan(demand, config.cap(), "residents" not in config.without), demand
 
 
 assert MAX_CHUNK_BYTES % 4096 == 0

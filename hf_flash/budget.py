@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_flash.errors import MemoryCapError
@@ -34,8 +34,8 @@ class Matrix:
     """A resident matrix that could be streamed: module path, bytes, and whether a token needs one row only.
 
     On flash it is in the checkpoint's dtype, so `row_bytes` and `flash_bytes` may differ from what DRAM would hold.
-    `packed_bytes` is what it takes in 12 bits a weight, 0 where it cannot be packed. `tied` is the path of the
-    embedding that shares it, if one does.
+    `packed_bytes` is the most that it takes packed (12 bits a weight), 0 where it cannot be packed. `tied` is the path
+    of the embedding that shares it, if one does.
     """
 
     path: str
@@ -115,7 +115,7 @@ class Plan:
         slots: FFN path -> slots (the other gates).
         gate_bits: bits of the sketches that are kept in DRAM (0: there are none).
         streamed: paths of the matrices that are streamed.
-        packed: paths of the resident matrices that are kept in 12 bits a weight.
+        packed: paths of the resident matrices that are kept in 11 or 12 bits a weight.
         unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
         bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what other
             layers read depends on the text.
@@ -182,6 +182,35 @@ def make_plan(demand: Demand, memory: int, residents: bool = True) -> Plan:
         f"memory={format_size(memory)} is too small for this model. The smallest cap that would do is "
         f"{format_size(smallest)}: pass memory={smallest}.{hint} `hf-flash plan MODEL` shows who needs what."
     )
+
+
+def settle(plan: Plan, demand: Demand, taken: Mapping[str, int]) -> Plan:
+    """The plan once the resident matrices are there: what they did not take goes to gates and FFNs.
+
+    Args:
+        plan: of `demand`.
+        taken: path of each packed matrix -> bytes that it really takes; how many that are depends on its weights.
+
+    Raises:
+        MemoryCapError: they take so much more than was planned that the rest has no room.
+    """
+    by_path = {m.path: m for m in demand.matrices}
+    packed = [by_path[path] for path in plan.packed]
+    sparse = [layer for layer in demand.layers if layer.gate != "all"]
+    parts = {name: n for name, n in plan.parts.items() if name != "FFN cache"}
+    parts["resident matrices"] += sum(taken.values()) - sum(m.packed_bytes for m in packed)
+    parts["gates"] = sum(layer.predictor_bytes + layer.lookahead_bytes for layer in sparse)
+    streamed = [by_path[path] for path in plan.streamed]
+    choice = _Choice(streamed, packed, parts["resident matrices"], _cache_floor(sparse), plan.unpacked)
+    left = plan.memory - sum(parts.values())
+    bits, sketches = _sketch_bits(sparse, left, choice.least_bytes)
+    if choice.least_bytes + sketches > left:
+        raise MemoryCapError(
+            f"memory={format_size(plan.memory)} is too small for this model: its weights pack badly, and "
+            f"{format_size(choice.least_bytes + sketches - left)} are missing. Pass that much more."
+        )
+    parts["gates"] += sketches
+    return _finish(demand, plan.memory, plan.chunk_bytes, parts, choice, bits, True)
 
 
 def smallest_cap(demand: Demand) -> int:

@@ -1,7 +1,7 @@
 """Matrices that are not FFNs, when memory is short.
 
-An embedding on flash costs one row per token, nearly nothing, so it goes there first. What stays in DRAM is packed into
-12 bits a weight. Attention and the head are streamed, row by row of their output, only under caps that leave no choice
+An embedding on flash costs one row per token, nearly nothing, so it goes there first. What stays in DRAM is packed
+(resident.py). Attention and the head are streamed, row by row of their output, only under caps that leave no choice
 (each streamed byte is read again for every token).
 """
 
@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_flash import native, ordered
-from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.memory import view_bytes
 from hf_flash.ops import autocast_input
-from hf_flash.packing import Packing, choose_base, count_exponents, linear, pack, packed_bytes, unpack
 from hf_flash.readers import Read, Reader
+from hf_flash.resident import Resident, read_matrix
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 from hf_flash.stream import Stream
 
-READ_BYTES = 1 << 20  # of a matrix at a time while it is packed
 UNPACKED_BYTES = 1 << 18  # of a matrix at a time while it is computed with: stays in the CPU's cache
 
 
@@ -93,7 +92,9 @@ class FlashLinear(OnFlashLinear):
 
 
 class PackedLinear(OnFlashLinear):
-    """A Linear whose weight stays in DRAM in 12 bits a weight (packing.py)."""
+    """A Linear whose weight stays in DRAM in 11 or 12 bits a weight (resident.py)."""
+
+    matrix: Resident
 
     def connect(self, reader: Reader, rows: Extent2D, exact: bool = False) -> None:
         """Read the weight and pack it.
@@ -106,7 +107,7 @@ class PackedLinear(OnFlashLinear):
         self._exact = exact
         if exact:
             ordered.agrees(self.out_features, self.in_features)  # now, not when the first token waits
-        self.rows, self.packing = pack_matrix(reader, rows)
+        self.matrix = read_matrix(reader, rows)
 
     @contextlib.contextmanager
     def pieces(self) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
@@ -118,18 +119,18 @@ class PackedLinear(OnFlashLinear):
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             out = buffer[: stop - start]
-            yield start, stop, unpack(self.rows[start:stop], self.packing.rows(start, stop), out=out)
+            yield start, stop, self.matrix.unpack(start, stop, out)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         n_tokens = x.numel() // self.in_features
         if self._exact and n_tokens == 1 and self._can_order(x):
             bias = None if self.bias is None else self.bias.detach()
-            out = ordered.matvec(x.reshape(-1).contiguous(), self.rows, self.packing, bias)
+            out = self.matrix.matvec(x.reshape(-1).contiguous(), bias)
             return out.view(*x.shape[:-1], self.out_features)
         if self._exact or n_tokens > native.MAX_TOKENS or x.dtype not in native.CODES or not native.available():
             return super().compute(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = linear(x.reshape(n_tokens, self.in_features), self.rows, self.packing, bias)
+        y = self.matrix.linear(x.reshape(n_tokens, self.in_features), bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _can_order(self, x: torch.Tensor) -> bool:
@@ -138,45 +139,7 @@ class PackedLinear(OnFlashLinear):
         return plain and ordered.agrees(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, 12 bits a weight"
-
-
-def pack_matrix(reader: Reader, rows: Extent2D) -> tuple[torch.Tensor, Packing]:
-    """Read a bfloat16 matrix from a file, some rows at a time, and pack it.
-
-    Returns:
-        [n_rows, 1.5 * n_columns] uint8 in memory of its own, and how it is packed.
-    """
-    n_columns = rows.row_bytes // 2
-    step = max(1, READ_BYTES // rows.row_bytes)
-    buffer = aligned_empty(min(step, rows.n_rows) * rows.row_bytes)
-    out = aligned_empty(rows.n_rows * packed_bytes(n_columns)).view(rows.n_rows, -1)
-
-    def read(start: int, stop: int) -> torch.Tensor:
-        part = buffer[: (stop - start) * rows.row_bytes]
-        reader.read([Read(rows.file, rows.start + start * rows.row_bytes, [view_bytes(part)])])
-        return part.view(torch.bfloat16).view(-1, n_columns)
-
-    def pack_all(base: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        counts, escapes = [torch.zeros(1, dtype=torch.int32)], []
-        for start in range(0, rows.n_rows, step):
-            stop = min(start + step, rows.n_rows)
-            values = read(start, stop)
-            seen.add_(count_exponents(values))
-            _, how = pack(values, base, out[start:stop])
-            counts.append(how.start.diff())
-            escapes.append(how.escapes)
-        return counts, escapes
-
-    seen = torch.zeros(256, dtype=torch.int64)
-    base = choose_base(count_exponents(read(0, min(step, rows.n_rows))))[0]
-    counts, escapes = pack_all(base)
-    best, fewest = choose_base(seen)
-    if sum(map(len, escapes)) > 2 * fewest + rows.n_rows:  # the first rows were not like the others
-        base = best
-        counts, escapes = pack_all(base)
-    start = torch.cat(counts).cumsum(0).to(torch.int32)
-    return out, Packing(n_columns, base, start, torch.cat(escapes))
+        return f"in_features={self.in_features}, out_features={self.out_features}, {_bits(self)}"
 
 
 class _LinearFunction(torch.autograd.Function):
@@ -254,17 +217,23 @@ class FlashEmbedding(OnFlashEmbedding):
 
 
 class PackedEmbedding(OnFlashEmbedding):
-    """An Embedding that is a head as well, and stays in DRAM in 12 bits a weight."""
+    """An Embedding that is a head as well, and stays in DRAM in 11 or 12 bits a weight."""
+
+    matrix: Resident
 
     def connect(self, head: PackedLinear) -> None:
         """Say which head has the weight."""
-        self.rows, self.packing = head.rows, head.packing
+        self.matrix = head.matrix
 
     def fetch(self, ids: torch.Tensor) -> torch.Tensor:
-        return unpack(self.rows, self.packing, ids, ids)
+        return self.matrix.fetch(ids)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, 12 bits a weight"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {_bits(self)}"
+
+
+def _bits(module: PackedLinear | PackedEmbedding) -> str:
+    return f"{module.matrix.bits:.1f} bits a weight" if hasattr(module, "matrix") else "packed"
 
 
 def _no_weight(dtype: torch.dtype) -> torch.Tensor:

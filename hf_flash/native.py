@@ -25,7 +25,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 3
+ABI = 4
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -80,10 +80,20 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_ordered.argtypes = []
     lib.hf_flash_ordered_matvec.restype = None
     lib.hf_flash_ordered_matvec.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _P, _P]
+    lib.hf_flash_ordered_tight.restype = None
+    lib.hf_flash_ordered_tight.argtypes = [_P, _I, _I, _I, _P, _P, _P, _P, _P, _P]
     lib.hf_flash_ordered_ffn.restype = None
     lib.hf_flash_ordered_ffn.argtypes = [
         _P, _I, _I, _I, _I, _I, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_tight.restype = _N
+    lib.hf_flash_tight.argtypes = []
+    lib.hf_flash_tight_pack.restype = _I
+    lib.hf_flash_tight_pack.argtypes = [_P, _I, _I, _I, _P, _I, _P, _P, _P]
+    lib.hf_flash_tight_unpack.restype = None
+    lib.hf_flash_tight_unpack.argtypes = [_P, _I, _I, _P, _P, _P, _P, _I, _P, _I]
+    lib.hf_flash_tight_linear.restype = None
+    lib.hf_flash_tight_linear.argtypes = [_P, _I, _I, _I, _P, _P, _P, _P, _P, _I, _N, _P]
     lib.hf_flash_ring_open.restype = _P
     lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]
     lib.hf_flash_ring_close.restype = None

@@ -69,8 +69,8 @@ def _runtime(model: PreTrainedModel, source: LoadedSource, folder: Path, config:
     files = {name: folder / name for name in flash_file_names(folder)}
     gates = folder / GATES_NAME if (folder / GATES_NAME).is_file() else None
     geometry = attach.geometry_of(files, gates)
-    plan = attach.plan_for(model, source.blocks, geometry, config, None)
-    runtime = attach.FlashRuntime(config, plan, source.blocks, None)
+    plan, demand = attach.plan_for(model, source.blocks, geometry, config, None)
+    runtime = attach.FlashRuntime(config, plan, demand, source.blocks, None)
     runtime.files, runtime.gates_file = files, gates
     return runtime
 

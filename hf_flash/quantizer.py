@@ -87,8 +87,8 @@ class FlashQuantizer(HfQuantizer):
         resident = files if self.pre_quantized else []
         attach.match_sources([*flash.values(), *([gates] if gates else []), *resident])
         attach.match_geometry(blocks, geometry, str(next(iter(flash.values())).parent))
-        plan = attach.plan_for(model, blocks, geometry, config, located)
-        self._runtime = attach.FlashRuntime(config, plan, blocks, located)
+        plan, demand = attach.plan_for(model, blocks, geometry, config, located)
+        self._runtime = attach.FlashRuntime(config, plan, demand, blocks, located)
         self._runtime.files, self._runtime.gates_file, self._runtime.stored_paths = flash, gates, names
         attach.swap(model, blocks, self._runtime)
         return model

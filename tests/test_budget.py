@@ -7,7 +7,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import assume, given, settings
 
-from hf_flash.budget import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, smallest_cap
+from hf_flash.budget import (
+    MAX_CHUNK_BYTES,
+    MIN_CHUNK_BYTES,
+    Demand,
+    Layer,
+    Matrix,
+    Plan,
+    make_plan,
+    settle,
+    smallest_cap,
+)
 from hf_flash.budget import _divide as divide
 from hf_flash.errors import FlashConfigError, MemoryCapError
 from hf_flash.layout import chunk_rows
@@ -100,6 +110,42 @@ def test_a_plan_adds_up(demand: Demand, share: float) -> None:
     low, high = smallest_cap(demand), most(demand)
     memory = int(low + share * (high - low))
     check(demand, make_plan(demand, memory), memory)
+
+
+@settings(max_examples=150, deadline=None)
+@given(demands(), st.floats(0, 1), st.floats(0.5, 1))
+def test_what_packed_matrices_do_not_take_goes_to_the_ffns(demand: Demand, share: float, taken: float) -> None:
+    demand = dataclasses.replace(demand, layers=[x for x in demand.layers if x.gate == demand.layers[0].gate])
+    low, high = smallest_cap(demand), most(demand)
+    plan = make_plan(demand, int(low + share * (high - low)))
+    if not plan.packed:
+        return
+    planned = {m.path: m.packed_bytes for m in demand.matrices if m.path in plan.packed}
+    assert settle(plan, demand, planned) == plan, "nothing else is decided than before"
+    really = {path: int(n * taken) for path, n in planned.items()}
+    known = dataclasses.replace(
+        demand,
+        matrices=[dataclasses.replace(m, packed_bytes=really.get(m.path, m.packed_bytes)) for m in demand.matrices],
+    )
+    settled = settle(plan, demand, really)
+    check(known, settled, plan.memory)
+    assert settled.bytes_per_token <= plan.bytes_per_token
+    assert settled.streamed == plan.streamed and settled.packed == plan.packed
+    if settled.gate_bits == plan.gate_bits:
+        assert sum(settled.slots.values()) >= sum(plan.slots.values())
+
+
+def test_matrices_that_pack_worse_than_planned_are_refused_only_where_nothing_is_left() -> None:
+    demand = dataclasses.replace(
+        DEMAND,
+        matrices=[dataclasses.replace(m, packed_bytes=0 if m.lookup else m.n_bytes * 3 // 4) for m in DEMAND.matrices],
+    )
+    plan = make_plan(demand, smallest_cap(demand) + 64 * MIB)
+    assert plan.packed
+    worse = {m.path: m.packed_bytes * 21 // 20 for m in demand.matrices if m.path in plan.packed}
+    assert settle(plan, demand, worse).total_bytes <= plan.memory
+    with pytest.raises(MemoryCapError, match="pack badly"):
+        settle(plan, demand, {path: 100 * n for path, n in worse.items()})
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"""Matrices and FFNs in 12 bits a weight: they compute what the stock ones do, and models with them answer alike."""
+"""Matrices and FFNs in 11 and 12 bits a weight: they compute what the stock ones do, models answer alike."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,14 +13,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_flash
-from hf_flash import attach, linear, native
+from hf_flash import attach, linear, native, resident, tight
 from hf_flash.budget import MIN_CHUNK_BYTES, Demand, Plan, make_plan
 from hf_flash.budget import _divide as divide
-from hf_flash.linear import PackedLinear, pack_matrix
+from hf_flash.linear import PackedLinear
 from hf_flash.readers import open_reader
+from hf_flash.resident import PackedMatrix, Resident, TightMatrix, read_matrix
 from hf_flash.store import Extent2D
 
-WAYS = ["torch", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
+WAYS = [
+    "torch",
+    pytest.param("12 bits", marks=pytest.mark.skipif(not native.available(), reason="not built")),
+    pytest.param("11 bits", marks=pytest.mark.skipif(not tight.available(), reason="not built, or no AVX512-VBMI2")),
+]
 IDS = torch.arange(3, 21).view(2, 9)
 
 
@@ -28,6 +33,8 @@ IDS = torch.arange(3, 21).view(2, 9)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(native, "_lib", None)
+    if request.param == "12 bits":
+        monkeypatch.setattr(tight, "available", lambda: False)
     return request.param
 
 
@@ -62,8 +69,17 @@ def packed_linear(stock: nn.Linear, folder: Path, exact: bool) -> PackedLinear:
     module = PackedLinear(stock)
     with extent_of(stock.weight, folder) as (reader, rows):
         module.connect(reader, rows, exact)
-    assert len(module.packing.escapes) >= 3
+    assert n_escapes(module.matrix) >= 3
     return module
+
+
+def n_escapes(matrix: Resident) -> int:
+    assert isinstance(matrix, PackedMatrix | TightMatrix)
+    return len(matrix.packing.escapes if isinstance(matrix, PackedMatrix) else matrix.matrix.escapes)
+
+
+def all_of(matrix: Resident, shape: torch.Size) -> torch.Tensor:
+    return matrix.unpack(0, shape[0], torch.empty(shape, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -113,25 +129,29 @@ def test_gradient_is_the_stock_module_s(way: str, exact: bool, tmp_path: Path) -
 
 
 def test_first_rows_unlike_the_others(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base is guessed from the first rows; where that was wrong, all is packed again."""
-    monkeypatch.setattr(linear, "READ_BYTES", 10 * 256)
+    """In 12 bits the base is guessed from the first rows; where that was wrong, all is packed again."""
+    monkeypatch.setattr(resident, "READ_BYTES", 10 * 256)
     torch.manual_seed(0)
     weight = torch.randn(105, 128)
     weight[:10] *= 2.0**-40
     weight = weight.bfloat16()
     with extent_of(weight, tmp_path) as (reader, rows):
-        packed, how = pack_matrix(reader, rows)
-    assert 10 * 128 <= len(how.escapes) < 11 * 128, "the first rows are the rare ones"
-    assert torch.equal(linear.unpack(packed, how), weight)
-    assert len(how.start) == 106 and int(how.start[-1]) == len(how.escapes)
+        packed = read_matrix(reader, rows)
+    assert torch.equal(all_of(packed, weight.shape), weight)
+    if isinstance(packed, PackedMatrix):
+        assert 10 * 128 <= n_escapes(packed) < 11 * 128, "the first rows are the rare ones"
+        assert len(packed.packing.start) == 106 and int(packed.packing.start[-1]) == n_escapes(packed)
+    else:
+        assert n_escapes(packed) < 105 * 128 / 20, "each row has a base of its own"
 
 
 def test_no_weight_has_a_common_exponent(way: str, tmp_path: Path) -> None:
-    """Every bit pattern: most are escapes, and come back."""
-    weight = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256)
+    """Every bit pattern: most are escapes, and come back. 11 bits are no gain here, and not taken."""
+    weight = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.bfloat16).view(256, 256).t().contiguous()
     with extent_of(weight, tmp_path) as (reader, rows):
-        packed, how = pack_matrix(reader, rows)
-    assert torch.equal(linear.unpack(packed, how).view(torch.int16), weight.view(torch.int16))
+        packed = read_matrix(reader, rows)
+    assert isinstance(packed, PackedMatrix)
+    assert torch.equal(all_of(packed, weight.shape).view(torch.int16), weight.view(torch.int16))
 
 
 # Models ------------------------------------------------------------------------------------------------------------
@@ -183,7 +203,10 @@ def test_under_a_cap_that_packs_the_tokens_are_the_dense_model_s(
     assert sorted(found) == sorted(plan.packed) and len(found) >= 8 and not plan.unpacked
     assert all(layer.layout.packed for layer in flash._hf_flash.store.layers.values())
     assert not {f"{path}.weight" for path in found} & {name for name, _ in flash.named_parameters()}
-    assert "12 bits a weight" in repr(flash)
+    assert "bits a weight" in repr(flash)
+    assert {type(m.matrix) for m in found.values()} == {TightMatrix if way == "11 bits" else PackedMatrix}
+    size = sum(m.matrix.n_bytes for m in found.values())
+    assert plan.parts["resident matrices"] == size and sum(plan.parts.values()) <= plan.memory
     for _ in range(2):  # the second time from DRAM
         assert torch.equal(greedy(flash, IDS, 12), greedy(dense, IDS, 12))
     if "certified" not in plan.gates.values():

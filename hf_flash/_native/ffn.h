@@ -18,19 +18,6 @@ struct Ffn {
   int64_t n;
 };
 
-// Floats that begin a line of the cache, zero at first: a vector that lies in two lines costs twice as much.
-class Floats {
- public:
-  explicit Floats(int64_t n) : lines(static_cast<size_t>(n / 16 + 1)) {}
-  float *data() { return lines.data()->numbers; }
-
- private:
-  struct alignas(64) Line {
-    float numbers[16] = {};
-  };
-  std::vector<Line> lines;
-};
-
 INLINE float activate(float z, int act, float threshold) {
   switch (act) {
     case RELU_SQUARED: { float r = z <= 0 ? 0 : z; return r * r; }  // NaN stays NaN, as in torch

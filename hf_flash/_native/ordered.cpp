@@ -7,6 +7,7 @@
 #include "calls.h"
 #include "ffn.h"
 #include "packed.h"
+#include "tight.h"
 
 #pragma GCC optimize("no-associative-math")  // the order is the point
 
@@ -19,10 +20,10 @@ INLINE uint16_t rounded(float v) { return bits_bf16(round_bf16(v)); }
 
 }  // namespace
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#ifdef TIGHT
 #define ORDERED 1
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16")
+#pragma GCC target("arch=x86-64-v4,avx512vbmi,avx512vbmi2,avx512bf16")
 
 namespace {
 
@@ -75,36 +76,63 @@ INLINE __m512bh pair_of(const uint16_t *x) {
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// out[i] = weights first .. first + K of row i, times x, and the bias, for rows begin .. end.
-void products(const Packed &p, const uint8_t *rows, int64_t stride, int64_t begin, int64_t end, int64_t first, int64_t K,
-              const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+// Rows of packed weights from weight `first` on, and of tight ones: 64 weights at a time, laned.
+struct PackedRows {
+  const Packed &p;
+  const uint8_t *rows;
+  int64_t stride, first;
+  struct Row {
+    const uint8_t *row;
+    int32_t escape, last;
+  };
+
+  __attribute__((always_inline)) Row row(int64_t i) const {
+    return {rows + i * stride, escape_from(p, i, first), p.start[i + 1]};
+  }
+  __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
+    const int64_t w = first + j;
+    const uint8_t *low = r->row + w, *code = r->row + p.E + w / 2;
+    __builtin_prefetch(low + ahead);
+    if (w % 128 == 0) __builtin_prefetch(code + ahead);
+    __m512i a, b;
+    decode_lanes(low, code, p.tables, &a, &b);
+    _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
+    if (r->escape < r->last) patch(p, &r->escape, r->last, w, w + BLOCK, values);
+  }
+};
+
+struct TightRows {
+  const Tight &m;
+  int64_t stride;
+  typedef TightRow Row;
+
+  __attribute__((always_inline)) Row row(int64_t i) const { return tight_row(m, i); }
+  __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
+    const int64_t code = m.E + j / BLOCK * CODE_BYTES;
+    __builtin_prefetch(r->row + j + ahead);
+    if (j % 128 == 0) __builtin_prefetch(r->row + code + ahead);
+    __m512i a, b;
+    decode_lanes(r, j, code, &a, &b);
+    _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
+  }
+};
+
+// out[i] = K weights of row i, times x, and the bias, for rows begin .. end.
+template <class Rows>
+void products(const Rows &rows, int64_t begin, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   alignas(64) uint16_t some[ROWS * BLOCK];
   __m512i columns[2 * ROWS];
   for (int64_t i = begin; i < end; i += ROWS * GROUPS) {
-    const uint8_t *row[ROWS * GROUPS];
-    int32_t at[ROWS * GROUPS], last[ROWS * GROUPS];
-    for (int r = 0; r < ROWS * GROUPS; r++) {
-      const int64_t mine = i + r < end ? i + r : end - 1;
-      row[r] = rows + mine * stride, at[r] = escape_from(p, mine, first), last[r] = p.start[mine + 1];
-    }
-    const int64_t ahead = i + ROWS * GROUPS < end ? ROWS * GROUPS * stride : 0;
+    typename Rows::Row row[ROWS * GROUPS];
+    for (int r = 0; r < ROWS * GROUPS; r++) row[r] = rows.row(i + r < end ? i + r : end - 1);
+    const int64_t ahead = i + ROWS * GROUPS < end ? ROWS * GROUPS * rows.stride : 0;
     __m512 total[GROUPS], chain[GROUPS];
     for (int g = 0; g < GROUPS; g++) total[g] = chain[g] = _mm512_setzero_ps();
     for (int64_t j = 0; j < K; j += BLOCK) {
       if (j && j % CHAIN == 0)
         for (int g = 0; g < GROUPS; g++) total[g] = _mm512_add_ps(total[g], chain[g]), chain[g] = _mm512_setzero_ps();
-      const int64_t w = first + j;
       for (int g = 0; g < GROUPS; g++) {
-        for (int r = 0; r < ROWS; r++) {
-          const uint8_t *low = row[g * ROWS + r] + w, *code = row[g * ROWS + r] + p.E + w / 2;
-          __builtin_prefetch(low + ahead);
-          if (w % 128 == 0) __builtin_prefetch(code + ahead);
-          __m512i a, b;
-          decode_lanes(low, code, p.tables, &a, &b);
-          _mm512_store_si512(some + r * BLOCK, a), _mm512_store_si512(some + r * BLOCK + 32, b);
-          int32_t *escape = at + g * ROWS + r;
-          if (*escape < last[g * ROWS + r]) patch(p, escape, last[g * ROWS + r], w, w + BLOCK, some + r * BLOCK);
-        }
+        for (int r = 0; r < ROWS; r++) rows.decode(row + g * ROWS + r, j, ahead, some + r * BLOCK);
         transpose(some, columns), transpose(some + 32, columns + ROWS);
         __m512 sum = chain[g];
         for (int lane = 0; lane < 4; lane++)  // weights 16 lane .. 16 lane + 15, in order
@@ -127,6 +155,17 @@ void products(const Packed &p, const uint8_t *rows, int64_t stride, int64_t begi
       _mm256_mask_storeu_epi16(out + from, mine, (__m256i)_mm512_cvtneps_pbh(sum));
     }
   }
+}
+
+// All n rows of a matrix, K weights each.
+template <class Rows>
+void whole_products(const Rows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  const int threads = n * K < 65536 * max_threads() ? 1 : max_threads();
+  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS);
+  in_parallel(threads, [&](int me) {
+    const int64_t end = groups * (me + 1) / threads * ROWS * GROUPS;
+    products(rows, groups * me / threads * ROWS * GROUPS, end < n ? end : n, K, x, bias, out);
+  });
 }
 
 // Adds neurons 0 .. n to the chains and totals of outputs begin .. end (multiples of 64; both in the order of `paired`:
@@ -188,7 +227,7 @@ extern "C" {
 // Whether this CPU has the instruction.
 int hf_flash_ordered() {
 #ifdef ORDERED
-  return level() == 4 && __builtin_cpu_supports("avx512bf16");
+  return can_tight() && __builtin_cpu_supports("avx512bf16");
 #else
   return 0;
 #endif
@@ -199,12 +238,17 @@ void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int
                              const uint32_t *escapes, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
 #ifdef ORDERED
   const Packed p(E, base, start, escapes);
-  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS);
-  in_parallel(threads, [&](int me) {
-    const int64_t end = groups * (me + 1) / threads * ROWS * GROUPS;
-    products(p, rows, stride, groups * me / threads * ROWS * GROUPS, end < n ? end : n, 0, E, x, bias, out);
-  });
+  whole_products(PackedRows{p, rows, stride, 0}, n, E, x, bias, out);
+#endif
+}
+
+// The same for rows as tight.h keeps them.
+void hf_flash_ordered_tight(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
+                            const int32_t *start, const uint8_t *escapes, const uint16_t *x, const uint16_t *bias,
+                            uint16_t *out) {
+#ifdef ORDERED
+  const Tight m{rows, stride, E, base, start, escapes};
+  whole_products(TightRows{m, stride}, n, E, x, bias, out);
 #endif
 }
 
@@ -224,8 +268,8 @@ void hf_flash_ordered_ffn(const uint8_t *rows, int64_t stride, int64_t number, i
   in_parallel(threads, [&](int me) {
     const int64_t begin = groups * me / threads * ROWS * GROUPS, most = groups * (me + 1) / threads * ROWS * GROUPS;
     const int64_t end = most < n ? most : n;
-    products(p, rows, stride, begin, end, 0, d, x, gated ? gate_bias : up_bias, h);
-    if (gated) products(p, rows, stride, begin, end, d, d, x, up_bias, up.data());
+    products(PackedRows{p, rows, stride, 0}, begin, end, d, x, gated ? gate_bias : up_bias, h);
+    if (gated) products(PackedRows{p, rows, stride, d}, begin, end, d, x, up_bias, up.data());
     for (int64_t i = begin; i < end; i++) {
       h[i] = act[h[i]];
       if (gated) h[i] = rounded(from_bf16(h[i]) * from_bf16(up[static_cast<size_t>(i)]));

@@ -14,13 +14,6 @@
 
 namespace {
 
-// Where the loops keep value j: by block of 64, first the even ones of the first 8 of every 16, then their odd ones, then
-// those of the second 8.
-INLINE int64_t shuffled(int64_t j) {
-  const int64_t lane = j / 16 % 4, k = j % 16;
-  return j / BLOCK * BLOCK + k / 8 * 32 + k % 2 * 16 + lane * 4 + k % 8 / 2;
-}
-
 // Packs rows; returns how many escapes they have, which go to `escapes` where that is not null.
 int64_t pack_rows(const uint16_t *from, int64_t from_stride, int64_t n, int64_t E, uint32_t base, uint8_t *rows,
                   int64_t stride, int32_t *start, uint32_t *escapes) {
@@ -53,19 +46,6 @@ int64_t pack_rows(const uint16_t *from, int64_t from_stride, int64_t n, int64_t 
 
 #define LOOPS "packed_loops.h"
 #include "each_level.h"
-
-namespace {
-
-constexpr int64_t ROW_BLOCK = 64;  // of a matrix, that a thread takes at a time
-
-Floats shuffle(const float *x, int64_t T, int64_t d) {
-  Floats out(T * d);
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < d; j++) out.data()[t * d + shuffled(j)] = x[t * d + j];
-  return out;
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -100,15 +80,9 @@ void hf_flash_packed_linear(const uint8_t *rows, int64_t stride, int64_t n, int6
                             const uint32_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out) {
   const Packed p(E, base, start, escapes);
   Floats mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
-  const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
-  std::vector<float> sums(static_cast<size_t>(T * n));
-  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
-  in_blocks(threads, n, ROW_BLOCK, [&](int64_t begin, int64_t end) {
-    CALL(matvec, &p, rows, stride, begin, end, mixed.data(), T, n, sums.data());
+  linear(n, E, T, bias, dtype, out, [&](int64_t begin, int64_t end, float *sums) {
+    CALL(matvec, &p, rows, stride, begin, end, mixed.data(), T, n, sums);
   });
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t i = 0; i < n && bias; i++) sums[static_cast<size_t>(t * n + i)] += added[static_cast<size_t>(i)];
-  from_float(sums.data(), T * n, dtype, out);
 }
 
 // out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.

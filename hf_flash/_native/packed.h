@@ -1,10 +1,37 @@
-// How rows of 12 bits a weight are described to the loops: see packed.cpp.
+// How rows of 12 bits a weight are described to the loops (packed.cpp), and what they share with those of 11 (tight.cpp).
 #pragma once
 #include "common.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 64;  // weights whose 64 codes lie in 32 bytes: byte j has those of weights j and j + 32
+
+constexpr int64_t ROW_BLOCK = 64;  // rows of a matrix, that a thread takes at a time
+
+// Where the loops keep value j: by block of 64, first the even ones of the first 8 of every 16, then their odd ones, then
+// those of the second 8.
+INLINE int64_t shuffled(int64_t j) {
+  const int64_t lane = j / 16 % 4, k = j % 16;
+  return j / BLOCK * BLOCK + k / 8 * 32 + k % 2 * 16 + lane * 4 + k % 8 / 2;
+}
+
+inline Floats shuffle(const float *x, int64_t T, int64_t d) {
+  Floats out(T * d);
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < d; j++) out.data()[t * d + shuffled(j)] = x[t * d + j];
+  return out;
+}
+
+// out [T, n] of `dtype` = what products(begin, end, sums [T, n]) gives for n rows of E weights, and the bias [n] or null.
+template <class F> void linear(int64_t n, int64_t E, int64_t T, const void *bias, int dtype, void *out, F products) {
+  const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
+  std::vector<float> sums(static_cast<size_t>(T * n));
+  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
+  in_blocks(threads, n, ROW_BLOCK, [&](int64_t begin, int64_t end) { products(begin, end, sums.data()); });
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t i = 0; i < n && bias; i++) sums[static_cast<size_t>(t * n + i)] += added[static_cast<size_t>(i)];
+  from_float(sums.data(), T * n, dtype, out);
+}
 
 struct alignas(16) Tables {  // by code: the exponent's upper 7 bits, and its lowest as the top bit of the lower byte
   uint8_t high[16], low[16];
