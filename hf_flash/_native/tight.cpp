@@ -58,7 +58,7 @@ int64_t take(const Tight &m, int64_t begin, int64_t end, const float *x, int64_t
   if (T < TOKENS) return 0;
   int64_t i = begin;
   for (; i + ROWS <= end; i += ROWS)
-    dots<ROWS, TOKENS>(m, i, i + 2 * ROWS <= end ? ROWS * m.stride : 0, x, n, out);
+    dots<ROWS, TOKENS>(m, i, ROWS * m.stride, x, n, out);
   for (; i < end; i++) dots<1, TOKENS>(m, i, 0, x, n, out);
   return TOKENS;
 }
