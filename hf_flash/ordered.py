@@ -83,7 +83,7 @@ def matvec_tight(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = Non
     lib = native.library()
     assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and len(x) == matrix.n_elements
     out = torch.empty(len(matrix.rows), dtype=torch.bfloat16, device="cpu")
-    lib.hf_flash_ordered_tight(*matrix.arguments(), x.data_ptr(), native.pointer(bias), out.data_ptr())
+    lib.hf_flash_ordered_tight(*matrix.arguments, x.data_ptr(), native.pointer(bias), out.data_ptr())
     return out
 
 

@@ -28,6 +28,13 @@ _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_doubl
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+_COUNTED = "neurons_wanted", "neurons_hit", "neurons_read", "neurons_early", "neurons_fired", "bytes_read", "n_reads"
+
+
+class _Counters(ctypes.Structure):
+    _fields_ = [*[(name, _I) for name in _COUNTED], ("gate_s", _D), ("wait_s", _D), ("compute_s", _D)]
+
+
 class _Step(ctypes.Structure):
     """The fields of _native/step.cpp, in its order."""
 
@@ -46,7 +53,7 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
         ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P),
-        ("early_ids", _P), ("marks", _P),
+        ("early_ids", _P), ("marks", _P), ("counters", _Counters),
     ]  # fmt: skip
 
 
@@ -95,6 +102,7 @@ class NativeStep:
             s.escapes = layer.packing.escapes.data_ptr()
         s.ids, s.slots, s.early_ids = (a.ctypes.data for a in self._scratch)
         s.marks = self._marks.ctypes.data
+        stats.count_in(s.counters)
         self._act: tuple[Activation | None, torch.dtype | None] = (None, None)
         self._known = False
         self._biases: list[tuple[object, torch.Tensor | None]] = [(None, None)] * 3
@@ -138,13 +146,13 @@ class NativeStep:
         self._cache.largest = max(self._cache.largest, s.n_wanted)
         self._cache.took(s.n_used, s.clock)
         if result == 3:
-            self._stats.add(bytes_read=s.n_bytes, n_reads=s.n_reads)
             return None
         while result == 2:  # a signal came: its handler runs now, and may raise
             result = self._lib.hf_flash_step_on(*args)
         if result == 1:
             raise self._failure()
-        self._count(begun)
+        if begun and trace.active is not None:
+            self._trace(trace.active, begun)
         return y
 
     @property
@@ -218,26 +226,18 @@ class NativeStep:
         self.settle()
         return error
 
-    def _count(self, begun: float) -> None:
+    def _trace(self, active: trace.Recorder, begun: float) -> None:
+        """The spans of a step that began then, from the times that it noted."""
         s = self._s
-        self._stats.add(
-            neurons_wanted=s.n_wanted, neurons_hit=s.n_wanted - s.n_read - s.n_early_right,
-            neurons_read=s.n_read + s.n_early_right, neurons_early=s.n_early_right,
-            bytes_read=s.n_bytes + s.early_bytes, n_reads=s.n_reads + s.n_early, neurons_fired=s.n_fired,
-            gate_s=s.gate_s, wait_s=s.wait_s, compute_s=s.ffn_s,
-        )  # fmt: skip
-        s.n_early = s.early_bytes = 0
-        if trace.active is None or not begun:
-            return
         stop = time.perf_counter()
         scanned, path = begun + s.gate_s, self._layer.path
         computing = stop - s.ffn_s
-        trace.active.add(trace.GATE_SCAN, begun, scanned, path, native=True, wanted=s.n_wanted)
-        trace.active.add(trace.SUBMIT, scanned, computing - s.wait_s, path, native=True, reads=s.n_reads)
-        trace.active.add(trace.WAIT, computing - s.wait_s, computing, path)
-        trace.active.add(trace.ARITHMETIC, computing, stop, path, native=True, neurons=s.n_wanted)
+        active.add(trace.GATE_SCAN, begun, scanned, path, native=True, wanted=s.n_wanted)
+        active.add(trace.SUBMIT, scanned, computing - s.wait_s, path, native=True, reads=s.n_reads)
+        active.add(trace.WAIT, computing - s.wait_s, computing, path)
+        active.add(trace.ARITHMETIC, computing, stop, path, native=True, neurons=s.n_wanted)
         if s.n_read:
-            trace.active.add_read(computing - s.wait_s, computing, s.n_bytes)
+            active.add_read(computing - s.wait_s, computing, s.n_bytes)
 
     def __del__(self) -> None:
         if self._reader.ring:

@@ -12,6 +12,7 @@ gaps. That takes AVX512-VBMI2 (Ice Lake, Zen 4 and newer); elsewhere such matric
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Tight:
         """Rows begin .. end alone; no copy."""
         return Tight(self.rows[begin:end], self.base[begin:end], self.start[begin : end + 1], self.escapes)
 
+    @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
         """What the native calls are told of it."""
         pointers = (self.base.data_ptr(), self.start.data_ptr(), self.escapes.data_ptr())
@@ -132,7 +134,7 @@ def unpack(matrix: Tight, ids: torch.Tensor | None = None, out: torch.Tensor | N
     n = len(matrix.rows) if ids is None else len(ids)
     out = torch.empty(n, size, dtype=torch.bfloat16, device="cpu") if out is None else out
     if available():
-        rows, stride, _, _, *how = matrix.arguments()
+        rows, stride, _, _, *how = matrix.arguments
         lib: Any = native.library()
         lib.hf_flash_tight_unpack(
             rows, stride, size, *how, native.pointer(ids), n, out.data_ptr(), out.stride(0)
@@ -174,6 +176,6 @@ def linear(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> 
     out = torch.empty(x.shape[0], len(matrix.rows), dtype=x.dtype, device="cpu")
     lib: Any = native.library()
     lib.hf_flash_tight_linear(
-        *matrix.arguments(), x.data_ptr(), native.pointer(bias), x.shape[0], native.CODES[x.dtype], out.data_ptr()
+        *matrix.arguments, x.data_ptr(), native.pointer(bias), x.shape[0], native.CODES[x.dtype], out.data_ptr()
     )
     return out

@@ -10,6 +10,11 @@
 #include "gate.h"
 
 extern "C" {
+struct StepCounters {  // FlashStats has their meaning; they only grow
+  int64_t neurons_wanted, neurons_hit, neurons_read, neurons_early, neurons_fired, bytes_read, n_reads;
+  double gate_s, wait_s, compute_s;
+};
+
 struct Step {  // step.py has the same fields in the same order
   int64_t d, d_out, n;
   // The gate: certified.py. Arithmetic's part by dtype of x (float32, float16, bfloat16): gamma, per_norm, tiny, unit.
@@ -45,6 +50,7 @@ struct Step {  // step.py has the same fields in the same order
   // Scratch.
   int64_t *ids, *slots, *early_ids;  // [n]
   uint8_t *marks;        // [n]
+  StepCounters counters;
 };
 }
 
@@ -196,6 +202,7 @@ int undo(Step *s, int64_t T) {
   if (result) return result;
   s->clock -= T;
   for (int64_t i = 0; i < s->n_wanted; i++) s->last[s->ids[i]] = std::min(s->last[s->ids[i]], s->clock);
+  s->counters.bytes_read += s->n_bytes, s->counters.n_reads += s->n_reads;
   return NO_ROOM;
 }
 
@@ -231,6 +238,12 @@ int wait_and_compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
   s->wait_s += now() - begun;
   if (result) return result;
   compute(s, x, T, dtype, y);
+  StepCounters &c = s->counters;
+  c.neurons_wanted += s->n_wanted, c.neurons_hit += s->n_wanted - s->n_read - s->n_early_right;
+  c.neurons_read += s->n_read + s->n_early_right, c.neurons_early += s->n_early_right, c.neurons_fired += s->n_fired;
+  c.bytes_read += s->n_bytes + s->early_bytes, c.n_reads += s->n_reads + s->n_early;
+  c.gate_s += s->gate_s, c.wait_s += s->wait_s, c.compute_s += s->ffn_s;
+  s->n_early = s->early_bytes = 0;
   return 0;
 }
 
