@@ -26,6 +26,7 @@ WANTED = (
 )  # share of neurons that a sketch of 4, 5, ... bits wants where 1 in 20 fires
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
 RUNTIME_BYTES = 24 << 20
+PAGE_TABLES = 512  # bytes of memory that a byte of its page tables maps: the kernel charges a cgroup for them, too
 BOOKS_BYTES = 64  # a neuron in the cache's books and in the scratch of a step
 
 
@@ -231,7 +232,7 @@ def _divide(demand: Demand, memory: int, chunk: int, residents: bool = True) -> 
         "KV cache": demand.kv_bytes,
         "activations": demand.activation_bytes,
         "tokenizer": demand.tokenizer_bytes,
-        "runtime": RUNTIME_BYTES,
+        "runtime": RUNTIME_BYTES + memory // PAGE_TABLES,
         "gates": 0,
         "batches": _scratch_bytes(demand, sparse, chunk, memory),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),

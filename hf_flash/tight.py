@@ -82,7 +82,8 @@ def empty_rows(n: int, n_elements: int) -> torch.Tensor:
 
 def join_escapes(parts: list[torch.Tensor]) -> torch.Tensor:
     """Escapes of some rows and of those that follow them, [m] uint8, with what kernels read beyond them."""
-    return torch.cat([*parts, torch.zeros(_ESCAPE_SLACK, dtype=torch.uint8)])[:-_ESCAPE_SLACK]
+    n = sum(map(len, parts))
+    return torch.cat(parts, out=aligned_empty(n + _ESCAPE_SLACK)[:n])  # not from the heap, where parts leave holes
 
 
 def pack(values: torch.Tensor, rows: torch.Tensor | None = None) -> Tight:
