@@ -1,6 +1,6 @@
 """Draw the figures of the documentation from the files in benchmarks/results (needs matplotlib: `hf_flash[bench]`).
 
-- `docs/img/generate_MODEL.png`: seconds per token by side and cap, out of generate*.json; the floor as a line;
+- `docs/img/generate-MODEL.png`: seconds per token by side and cap, out of generate*.json; the floor as a line;
 - `docs/img/scaling-SERIES.png`: token time by cap, size or sparsity, out of scaling*.json;
 - `docs/img/eviction*.png`: bytes read per token by cache size and policy, out of eviction*.json.
 
