@@ -148,7 +148,8 @@ def counters_by_layer(model: Any) -> dict[str, Any]:
             engine: Any = module.engine
             engine._stats = engine.cache._stats = out[path] = FlashStats()
             if engine._step is not None:
-                engine._step._stats = out[path]
+                out[path].count_in(engine._step._s.counters)
+                out[path].reset()  # from now on
     return out
 
 

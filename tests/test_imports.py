@@ -13,11 +13,11 @@ import pytest
 import hf_flash
 
 FLOORS = """
-words            errors  stats  memory  plan  ops  trace  families  native  packing  ordered  texts  scoring
+words            errors  stats  memory  plan  ops  trace  families  native  packing  tight  ordered  texts  scoring
 what there is    layout  config  window  budget  check
 files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
-rows in DRAM     cache  packed_sum  ring  stream
+rows in DRAM     cache  packed_sum  ring  stream  resident
 an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order
 a model          attach  repack  save
 what users call  preview  thresholds  quantizer  patch  verify  contents  profile  measures
