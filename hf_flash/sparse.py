@@ -21,6 +21,8 @@ from hf_flash.stats import FlashStats
 from hf_flash.step import NativeStep
 from hf_flash.store import FlashLayer, FlashStore
 
+Batch = tuple[IntArray, torch.Tensor, IntArray]  # neurons, memory [n, row_bytes] uint8, where in it each is
+
 EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
 
 
@@ -65,8 +67,8 @@ class SparseEngine(Engine):
         code = native.activation_code(act, flat.dtype) if few else None
         if flat.shape[0] <= native.MAX_TOKENS:
             self.cache.largest = max(self.cache.largest, len(neurons))
-        if code is not None and self.cache.fits(neurons):
-            y, n_fired = self._few_tokens(flat, code, biases, neurons)
+        if code is not None:
+            y, n_fired = self._few_tokens(flat, code, biases, neurons, ago)
         else:
             y, n_fired = self._many_tokens(flat, act, biases, neurons, ago)
         busy_s = time.perf_counter() - t1 - (self._stats.wait_s - waited)
@@ -150,24 +152,34 @@ class SparseEngine(Engine):
         self._stats.add(neurons_hit=-n, neurons_read=n, neurons_early=n)
 
     def _few_tokens(
-        self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray
+        self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray, ago: IntArray
     ) -> tuple[torch.Tensor, int]:
-        """The native kernel on the slots themselves: no row is copied."""
-        layout = self.layer.layout
-        with self._guard(flat.shape[0]):
-            lookup = self.cache.fetch(neurons)
-            self._wait(lookup.ticket)
-            ids, slots = torch.from_numpy(neurons), torch.from_numpy(lookup.slots)
-            up, gate = biases.part(ids)
-            if self.layer.packing is not None:
-                packing = self.layer.packing
-                y, n_fired = sparse_ffn(flat, self.cache.rows, slots, ids, packing, layout.gated, code, gate, up)
-            else:
-                y, n_fired = native.sparse_ffn(
-                    flat, self.cache.rows, slots, layout.d_model, layout.d_out, layout.gated, layout.dtype, code,
-                    gate, up,
-                )  # fmt: skip
+        """The native kernel: on the slots themselves, where no row is copied, or batch by batch if they are too few.
+
+        Never torch's products: of every number of neurons its library would keep a kernel of its own, some 50 KB each.
+        """
+        y: torch.Tensor | None = None
+        n_fired = 0
+        with self._batches(neurons, ago, flat.shape[0]) as batches:
+            for index, rows, slots in batches:
+                part, fired = self._sum(flat, code, biases, index, rows, slots)
+                y, n_fired = part if y is None else y.add_(part), n_fired + fired
+        if y is None:
+            y = torch.zeros(flat.shape[0], self.layer.layout.d_out, dtype=torch.float32)
         return (y if biases.down is None else y + biases.down).to(flat.dtype), n_fired
+
+    def _sum(
+        self, flat: torch.Tensor, code: tuple[int, float], biases: ops.Biases, neurons: IntArray, rows: torch.Tensor,
+        slots: IntArray,
+    ) -> tuple[torch.Tensor, int]:  # fmt: skip
+        """What some neurons add, [T, d_out] float32, and how many of them fired."""
+        layout, ids, at = self.layer.layout, torch.from_numpy(neurons), torch.from_numpy(slots)
+        up, gate = biases.part(ids)
+        if self.layer.packing is not None:
+            return sparse_ffn(flat, rows, at, ids, self.layer.packing, layout.gated, code, gate, up)
+        return native.sparse_ffn(
+            flat, rows, at, layout.d_model, layout.d_out, layout.gated, layout.dtype, code, gate, up
+        )  # fmt: skip
 
     def _many_tokens(
         self, flat: torch.Tensor, act: ops.Activation, biases: ops.Biases, neurons: IntArray, ago: IntArray
@@ -177,7 +189,7 @@ class SparseEngine(Engine):
         wide = torch.promote_types(flat.dtype, torch.float32)  # what parts are summed in
         fired = torch.zeros(self.layer.n_neurons, dtype=torch.bool)
         alone = len(neurons) <= min(self._batch_rows, self.cache.n_slots)
-        with self._batches(neurons, ago, flat.shape[0]) as batches:
+        with self._pieces(neurons, ago, flat.shape[0]) as batches:
             for index, gate, up, down in batches:
                 t1 = time.perf_counter()
                 h = ops.hidden(flat, up, act, gate, *biases.part(index))
@@ -201,15 +213,20 @@ class SparseEngine(Engine):
 
     def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         flat = x.reshape(-1, x.shape[-1])
-        return self._batches(*self._wanted(flat, biases), flat.shape[0])
+        return self._pieces(*self._wanted(flat, biases), flat.shape[0])
 
     @contextlib.contextmanager
-    def _batches(self, neurons: IntArray, ago: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+    def _pieces(self, neurons: IntArray, ago: IntArray, n_tokens: int) -> Iterator[Iterator[Piece]]:
+        with self._batches(neurons, ago, n_tokens) as batches:
+            yield (piece for batch in batches for piece in self._gathered(*batch))
+
+    @contextlib.contextmanager
+    def _batches(self, neurons: IntArray, ago: IntArray, n_tokens: int) -> Iterator[Iterator[Batch]]:
         with self._guard(n_tokens):
             if self.cache.fits(neurons):
                 lookup = self.cache.fetch(neurons)
                 self._wait(lookup.ticket)
-                yield self._from_slots(neurons, lookup.slots)
+                yield iter([(neurons, self.cache.rows, lookup.slots)])
             else:
                 with contextlib.closing(self._sweep(neurons, ago)) as batches:
                     yield batches
@@ -246,20 +263,20 @@ class SparseEngine(Engine):
             if trace.active is not None:
                 trace.active.add(trace.WAIT, t0, time.perf_counter(), self.layer.path)
 
-    def _from_slots(self, neurons: IntArray, slots: IntArray) -> Iterator[Piece]:
+    def _gathered(self, neurons: IntArray, rows: torch.Tensor, slots: IntArray) -> Iterator[Piece]:
+        """A batch as matrices, some neurons at a time where it is still in the cache's slots."""
         for i in range(0, len(neurons), self._batch_rows):
-            index = torch.from_numpy(slots[i : i + self._batch_rows])
-            rows = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
-            torch.index_select(self.cache.rows, 0, index, out=rows)
-            yield self._piece(neurons[i : i + self._batch_rows], rows)
-
-    def _piece(self, neurons: IntArray, rows: torch.Tensor) -> Piece:
-        return (torch.from_numpy(neurons), *self.layer.split(rows, neurons, self._whole_rows))
+            some, index = neurons[i : i + self._batch_rows], torch.from_numpy(slots[i : i + self._batch_rows])
+            part = rows
+            if rows is self.cache.rows:
+                part = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
+                torch.index_select(rows, 0, index, out=part)
+            yield (torch.from_numpy(some), *self.layer.split(part, some, self._whole_rows))
 
     def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
         return self._work.get("unpacked", (n, row_bytes), torch.uint8)
 
-    def _sweep(self, neurons: IntArray, ago: IntArray) -> Generator[Piece]:
+    def _sweep(self, neurons: IntArray, ago: IntArray) -> Generator[Batch]:
         """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile.
 
         Those that the last tokens wanted stay, as many as there are slots.
@@ -275,7 +292,7 @@ class SparseEngine(Engine):
         ahead: list[tuple[IntArray, torch.Tensor, Ticket]] = []
         try:
             ahead += [self._read_batch(batch, i) for i, batch in enumerate(batches[:1])]
-            yield from self._from_slots(neurons[here], slots[here])
+            yield neurons[here], self.cache.rows, slots[here]
             for i, batch in enumerate(batches):
                 if i + 1 < len(batches):
                     ahead.append(self._read_batch(batches[i + 1], i + 1))
@@ -283,7 +300,7 @@ class SparseEngine(Engine):
                 self._wait(ticket)
                 keep = np.isin(batch, recent, assume_unique=True)
                 self.cache.keep(batch[keep], rows[torch.from_numpy(keep)])
-                yield self._piece(batch, rows)
+                yield batch, rows, np.arange(len(batch))
                 ahead.pop(0)
         finally:
             for _, _, ticket in ahead:

@@ -11,7 +11,7 @@ import torch
 from helpers_flash import write_layers
 from torch import nn
 
-from hf_flash import native
+from hf_flash import native, ops
 from hf_flash.cache import NeuronCache
 from hf_flash.engine import WorkBuffers
 from hf_flash.errors import ReadError
@@ -212,3 +212,22 @@ def test_wrong_guesses_give_way(tmp_path: Path, n_slots: int, window: int) -> No
         )
         books_are_true(ours)
     assert ours.cache.n_used == n_slots, "there was something to give up"
+
+
+@pytest.mark.parametrize(("gated", "packed"), [(False, False), (True, True)])
+def test_few_tokens_that_want_more_than_there_are_slots_take_no_torch_product(
+    gated: bool, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's library keeps a kernel for each number of neurons: under a small cap 24 tokens took 60 MB more."""
+    layer = Layer(tmp_path, BF16, gated, True, packed)
+    act = nn.ReLU()
+    wide = layer.engine(act, N, native_step=True)
+    narrow = layer.engine(act, 8, native_step=True)
+    monkeypatch.setattr(ops, "hidden", lambda *args, **kwargs: pytest.fail("a product of torch's"))
+    for n_tokens in (1, 3):
+        for x in walk(6, BF16, n_tokens):
+            want, got = wide.forward(x, act, layer.biases), narrow.forward(x, act, layer.biases)
+            torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+    assert narrow._stats.neurons_wanted == wide._stats.neurons_wanted > 6 * 8 * 2
+    assert narrow._stats.neurons_fired == wide._stats.neurons_fired
+    books_are_true(narrow)
