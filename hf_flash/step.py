@@ -73,7 +73,7 @@ class NativeStep:
         lib = native.library()
         assert lib is not None and isinstance(store.reader, UringReader)
         assert lib.hf_flash_step_bytes() == ctypes.sizeof(_Step)
-        self._lib, self._reader, self._layer, self._cache, self._stats = lib, store.reader, layer, cache, stats
+        self._lib, self._reader, self._layer, self._cache = lib, store.reader, layer, cache
         self._s = s = _Step()
         self._by_reference = ctypes.byref(s)
         layout, sketch = layer.layout, gate.sketch
