@@ -17,7 +17,7 @@ from hf_flash.layout import DATA_ALIGN
 from hf_flash.memory import shares
 from hf_flash.packed_sum import PackedSum
 from hf_flash.readers import UringReader
-from hf_flash.stats import FlashStats
+from hf_flash.stats import Counters, FlashStats
 
 FAILED, SIGNAL = 1, 2
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -45,17 +45,10 @@ class _Slot(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Counters(ctypes.Structure):
-    _fields_ = [
-        *[(name, _I) for name in ("bytes_read", "n_reads", "neurons_wanted", "neurons_hit", "neurons_read")],
-        ("wait_s", _D), ("compute_s", _D),
-    ]  # fmt: skip
-
-
 class _Ring(ctypes.Structure):
     _fields_ = [
         ("ring", _P), ("units", _P), ("n_units", _I), ("slots", _P), ("n_slots", _I), ("line", _P), ("n_line", _I),
-        ("last", _I), ("failed", _P), ("counters", _Counters), ("log", _P),
+        ("last", _I), ("failed", _P), ("counters", Counters), ("log", _P),
     ]  # fmt: skip
 
 

@@ -14,6 +14,16 @@ from typing import Any
 _STATE = ("cache_bytes", "plan")  # fields that say what is, not what was done
 
 
+class Counters(ctypes.Structure):
+    """What native code counts; the fields of _native/calls.h, in its order."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("neurons_wanted", "neurons_hit", "neurons_read", "neurons_early")],
+        *[(name, ctypes.c_int64) for name in ("neurons_fired", "bytes_read", "n_reads")],
+        *[(name, ctypes.c_double) for name in ("gate_s", "wait_s", "compute_s")],
+    ]  # fmt: skip
+
+
 class _Counter:
     """A field that is the sum of what was added here and of what native code counted under the same name."""
 

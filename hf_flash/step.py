@@ -20,19 +20,12 @@ from hf_flash.memory import view_bytes
 from hf_flash.ops import Activation, Biases
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
-from hf_flash.stats import FlashStats
+from hf_flash.stats import Counters, FlashStats
 from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-_COUNTED = "neurons_wanted", "neurons_hit", "neurons_read", "neurons_early", "neurons_fired", "bytes_read", "n_reads"
-
-
-class _Counters(ctypes.Structure):
-    _fields_ = [*[(name, _I) for name in _COUNTED], ("gate_s", _D), ("wait_s", _D), ("compute_s", _D)]
 
 
 class _Step(ctypes.Structure):
@@ -53,7 +46,7 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
         ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P),
-        ("early_ids", _P), ("marks", _P), ("counters", _Counters),
+        ("early_ids", _P), ("marks", _P), ("counters", Counters),
     ]  # fmt: skip
 
 

@@ -6,6 +6,11 @@
 // Results of calls that wait. SIGNAL: its handler has to run, then call again.
 enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
 
+struct Counters {  // FlashStats has their meaning, stats.py the same fields; they only grow
+  int64_t neurons_wanted, neurons_hit, neurons_read, neurons_early, neurons_fired, bytes_read, n_reads;
+  double gate_s, wait_s, compute_s;
+};
+
 static inline double now() {  // seconds
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }

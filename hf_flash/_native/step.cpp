@@ -10,11 +10,6 @@
 #include "gate.h"
 
 extern "C" {
-struct StepCounters {  // FlashStats has their meaning; they only grow
-  int64_t neurons_wanted, neurons_hit, neurons_read, neurons_early, neurons_fired, bytes_read, n_reads;
-  double gate_s, wait_s, compute_s;
-};
-
 struct Step {  // step.py has the same fields in the same order
   int64_t d, d_out, n;
   // The gate: certified.py. Arithmetic's part by dtype of x (float32, float16, bfloat16): gamma, per_norm, tiny, unit.
@@ -50,7 +45,7 @@ struct Step {  // step.py has the same fields in the same order
   // Scratch.
   int64_t *ids, *slots, *early_ids;  // [n]
   uint8_t *marks;        // [n]
-  StepCounters counters;
+  Counters counters;
 };
 }
 
@@ -238,7 +233,7 @@ int wait_and_compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
   s->wait_s += now() - begun;
   if (result) return result;
   compute(s, x, T, dtype, y);
-  StepCounters &c = s->counters;
+  Counters &c = s->counters;
   c.neurons_wanted += s->n_wanted, c.neurons_hit += s->n_wanted - s->n_read - s->n_early_right;
   c.neurons_read += s->n_read + s->n_early_right, c.neurons_early += s->n_early_right, c.neurons_fired += s->n_fired;
   c.bytes_read += s->n_bytes + s->early_bytes, c.n_reads += s->n_reads + s->n_early;

@@ -37,11 +37,6 @@ struct Log {
   Event events[1];  // [most]
 };
 
-struct Counters {  // FlashStats has their meaning; they only grow
-  int64_t bytes_read, n_reads, neurons_wanted, neurons_hit, neurons_read;
-  double wait_s, compute_s;
-};
-
 struct Stream {
   void *ring;  // null: the reader is closed, which has waited for everything
   Unit *units;
