@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import early, lookahead
+from hf_flash import attention, early, kv, lookahead
 from hf_flash.balance import Balance
 from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, settle
 from hf_flash.cache import NeuronCache
@@ -431,6 +431,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         _look_ahead(model, runtime, gates)
     elif overlap:
         early.install(model)
+    kv.install(model, plan.max_tokens)
+    attention.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
         if isinstance(looked_up, PackedEmbedding) and isinstance(head, PackedLinear):

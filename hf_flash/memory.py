@@ -42,6 +42,18 @@ def aligned_empty(n_bytes: int) -> torch.Tensor:
     return tensor[start : start + n_bytes]
 
 
+def untouched(n_bytes: int) -> torch.Tensor:
+    """Anonymous memory in small pages: what is never written takes no DRAM, whatever the system does with huge pages.
+
+    Returns:
+        [n_bytes] uint8, zeros until written.
+    """
+    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a Python, without them
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
 def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
     """One piece of `aligned_empty` memory in page-aligned parts: small ones share huge pages.
 

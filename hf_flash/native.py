@@ -25,7 +25,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 4
+ABI = 5
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -49,6 +49,10 @@ def _load() -> ctypes.CDLL | None:
 
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Declare the C signatures, in the order of the files in _native."""
+    lib.hf_flash_attention.restype = _N
+    lib.hf_flash_attention.argtypes = []
+    lib.hf_flash_attend.restype = None
+    lib.hf_flash_attend.argtypes = [_P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _P]
     lib.hf_flash_sparse_ffn.restype = _I
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I

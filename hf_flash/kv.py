@@ -1,0 +1,119 @@
+"""A KV cache that grows where it lies.
+
+transformers concatenates what a layer holds with the new token's keys and values: every token copies the whole cache
+into fresh memory. Here a layer reserves address space for the planned context, which takes DRAM only as it fills, and a
+token writes its own rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from hf_flash.memory import untouched
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's cache: `keys` and `values`, [batch, n_heads, n_tokens, head_dim], are views of longer tensors.
+
+    Everything else that a DynamicLayer can do (crop, reorder, repeat) it does as that does; where `keys` is no longer
+    the beginning of its room, because of that or because someone assigned it, a new room is made.
+
+    Attributes:
+        n_reserved: tokens, of all sequences together, for which address space is taken at once.
+    """
+
+    n_reserved = 0
+    _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new tokens' keys and values, [batch, n_heads, n, head_dim]; returns those of all tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if not (_can_append(self.keys, key_states) and _can_append(self.values, value_states)):
+            return super().update(key_states, value_states, *args, **kwargs)
+        rooms = self._rooms or (None, None)
+        self._rooms = (
+            _room(rooms[0], self.keys, key_states, self.n_reserved),
+            _room(rooms[1], self.values, value_states, self.n_reserved),
+        )
+        self.keys = _append(self._rooms[0], self.keys, key_states)
+        self.values = _append(self._rooms[1], self.values, value_states)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._rooms = None
+        super().reset()
+
+
+def install(model: nn.Module, n_tokens: int) -> None:
+    """Let every DynamicCache that a model is called with grow in place.
+
+    Args:
+        model: what users call.
+        n_tokens: of all sequences together, that memory was planned for.
+    """
+
+    def adopt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.self_attention_cache
+        if isinstance(cache, Cache):
+            _adopt(cache, n_tokens)
+
+    model.register_forward_pre_hook(adopt, with_kwargs=True)
+
+
+def _adopt(cache: Cache, n_reserved: int) -> None:
+    """Exchange the stock layers of a cache, with what they hold."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = new = GrowingLayer()
+            vars(new).update(vars(layer))
+            new.n_reserved = n_reserved
+
+
+def _can_append(held: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether torch.cat would do nothing but copy: on a CPU, of one dtype, nothing to differentiate."""
+    if new.device.type != "cpu" or held.dtype != new.dtype or new.dim() != 4:
+        return False
+    if torch.is_grad_enabled() and (new.requires_grad or held.requires_grad):
+        return False
+    return held.numel() == 0 or (held.shape[:2], held.shape[3]) == (new.shape[:2], new.shape[3])
+
+
+def _room(room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor, n_reserved: int) -> torch.Tensor:
+    """[batch, n_heads, capacity, head_dim] that begins with what is held and has space for what is new."""
+    n_held = held.shape[-2] if held.numel() else 0
+    needed = n_held + new.shape[-2]
+    if room is not None and room.shape[-2] >= needed and _begins(room, held, n_held):
+        return room
+    batch, n_heads, _, head_dim = new.shape
+    # twice what is needed beyond what was planned for: copied seldom, and not touched before it is written
+    shape = (batch, n_heads, max(n_reserved // batch, 2 * needed if room is not None else needed), head_dim)
+    room = untouched(torch.Size(shape).numel() * new.itemsize).view(new.dtype).view(shape)
+    if n_held:
+        room[:, :, :n_held] = held
+    return room
+
+
+def _begins(room: torch.Tensor, held: torch.Tensor, n_held: int) -> bool:
+    """Whether what is held is the beginning of the room."""
+    if n_held == 0:
+        return True
+    same_rows = (held.stride(), held.shape[:2], held.shape[3]) == (room.stride(), room.shape[:2], room.shape[3])
+    return same_rows and held.data_ptr() == room.data_ptr()
+
+
+def _append(room: torch.Tensor, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Write what is new behind what is held; returns both."""
+    n_held, n_new = held.shape[-2] if held.numel() else 0, new.shape[-2]
+    room.narrow(2, n_held, n_new).copy_(new)
+    return room.narrow(2, 0, n_held + n_new)
