@@ -38,6 +38,7 @@ from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
+from hf_flash.loan import Loan
 from hf_flash.memory import return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
@@ -422,7 +423,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             module.connect(stream, *_extent_of(path, runtime))
         elif isinstance(module, FlashEmbedding):
             module.connect(reader, *_extent_of(path, runtime), stats)
-    runtime.balances = [] if not keeps else _share_slots([m.engine for m in model.modules() if isinstance(m, FlashFFN)])
+    engines = [m.engine for m in model.modules() if isinstance(m, FlashFFN)]
+    runtime.balances = _share_slots(engines, plan.parts["KV cache"]) if keeps else []
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
         begins.on_pass = [balance.pass_begins for balance in runtime.balances]
@@ -431,7 +433,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         _look_ahead(model, runtime, gates)
     elif overlap:
         early.install(model)
-    kv.install(model, plan.max_tokens)
+    _watch_kv(model, runtime)
     attention.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
@@ -443,13 +445,26 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _share_slots(engines: Sequence[Engine | None]) -> list[Balance]:
-    """One memory of slots for all layers whose rows have one size."""
+def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime) -> None:
+    """Let KV caches grow in place, and slots have the memory that they do not fill yet."""
+    plan = runtime.plan
+    token_bytes = plan.parts["KV cache"] // plan.max_tokens
+    loan = Loan(runtime.balances, plan.parts["KV cache"], token_bytes)
+    lends = runtime.balances and not model.config.is_encoder_decoder
+    kv.install(model, plan.max_tokens, token_bytes, loan.told if lends else None)
+
+
+def _share_slots(engines: Sequence[Engine | None], kv_bytes: int) -> list[Balance]:
+    """One memory of slots for all layers whose rows have one size, with room for what the KV cache lends."""
     sizes: dict[int, list[SparseEngine]] = {}
     for engine in engines:
         if isinstance(engine, SparseEngine):
             sizes.setdefault(engine.layer.layout.row_bytes, []).append(engine)
-    return [Balance(some, [engine.cache.n_slots for engine in some]) for some in sizes.values()]
+    balances = []
+    for row_bytes, some in sizes.items():
+        absent = sum(engine.layer.n_neurons - engine.cache.n_slots for engine in some)
+        balances.append(Balance(some, [engine.cache.n_slots for engine in some], min(absent, kv_bytes // row_bytes)))
+    return balances
 
 
 def _pack_residents(model: PreTrainedModel, runtime: FlashRuntime) -> Plan:

@@ -10,13 +10,14 @@ passes, so that a layer's books stay its own and a token touches only what it wa
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_flash.cache import Slots
+from hf_flash.cache import NeuronCache, Slots
 from hf_flash.plan import IntArray
 from hf_flash.sparse import SparseEngine
 
@@ -51,22 +52,32 @@ def divide(worth: Sequence[npt.NDArray[np.float64]], least: IntArray, n_slots: i
     return out
 
 
+def _least(cache: NeuronCache) -> int:
+    return max(1, cache.layer.n_neurons // 50)
+
+
 class Balance:
     """The layers that share one memory of slots.
 
     Args:
         engines: of the layers, whose rows have one size.
         n_slots: per layer, to begin with.
+        n_more: the most that are lent to them together.
+
+    Attributes:
+        row_bytes: of a slot. n_own: slots of the layers. n_lent: how many they have besides.
     """
 
-    def __init__(self, engines: Sequence[SparseEngine], n_slots: Sequence[int]) -> None:
-        self._engines, self._shares = list(engines), list(n_slots)
+    def __init__(self, engines: Sequence[SparseEngine], n_slots: Sequence[int], n_more: int = 0) -> None:
+        self._engines, self._shares, self._n_more = list(engines), list(n_slots), n_more
+        self.row_bytes, self.n_own = self._engines[0].layer.layout.row_bytes, sum(n_slots)
+        self._lock = threading.Lock()  # of the division; never taken by who holds a cache's
         self._begin()
 
     def _begin(self) -> None:
         """Every layer forgets its neurons and has the slots that it had to begin with, in fresh memory."""
-        self._slots = Slots(sum(self._shares), self._engines[0].layer.layout.row_bytes)
-        self._n_passes, self._next = 0, FIRST_PASSES
+        self._slots = Slots(self.n_own, self.row_bytes, self._n_more)
+        self._n_passes, self._next, self.n_lent = 0, FIRST_PASSES, 0
         first = 0
         for engine, n in zip(self._engines, self._shares, strict=True):
             engine.cache.begin(n, self._slots, first)
@@ -82,10 +93,13 @@ class Balance:
         alone = any(engine.cache.slots is not self._slots for engine in self._engines)  # a pass was stopped
         if self._n_passes < self._next and not alone:
             return
+        if not self._lock.acquire(blocking=False):
+            return  # the next pass tries again
         with contextlib.ExitStack() as held:
+            held.callback(self._lock.release)
             for engine in self._engines:
                 if not engine.cache.lock.acquire(blocking=False):
-                    return  # the next pass tries again
+                    return
                 held.callback(engine.cache.lock.release)
             for engine in self._engines:
                 engine.land()
@@ -95,10 +109,56 @@ class Balance:
                 self._balance()
                 self._next = self._n_passes + min(self._n_passes, EVERY_PASSES)
 
+    def lend(self, n: int) -> None:
+        """Let the layers have n slots besides their own, more or fewer than they have so far.
+
+        The slots that they lose go with what they hold, and their memory back to the system, before this returns.
+
+        Raises:
+            ReadError: an earlier read failed.
+        """
+        with self._lock:
+            if n < self.n_lent:
+                self._withdraw(self.n_own + n)
+                self.n_lent = n
+                self._feed()
+            elif n > self.n_lent:
+                first, self.n_lent = self.n_own + self.n_lent, n  # what a Ctrl-C leaves out nobody has
+                self._hand_out(np.arange(first, self.n_own + n))
+
+    def _withdraw(self, first: int) -> None:
+        for engine in self._engines:
+            with engine.cache.lock:
+                engine.land()
+                if engine.cache.slots is self._slots:
+                    engine.cache.withdraw(first)
+        self._slots.discard(first)
+
+    def _hand_out(self, slots: IntArray) -> None:
+        """To all layers, as many as they have already; those that they have no neurons for nobody gets."""
+        caches = [engine.cache for engine in self._engines if engine.cache.slots is self._slots]
+        have = np.array([cache.n_slots for cache in caches])
+        bounds = np.cumsum(have) * len(slots) // max(1, int(have.sum()))
+        for cache, some in zip(caches, np.split(slots, bounds[:-1]), strict=True):
+            with cache.lock:
+                cache.receive(some[: cache.layer.n_neurons - cache.n_slots])
+
+    def _feed(self) -> None:
+        """Give a layer whose slots were mostly lent ones the least that it must have."""
+        caches = [engine.cache for engine in self._engines if engine.cache.slots is self._slots]
+        for cache in caches:
+            missing = _least(cache) - cache.n_slots
+            if missing > 0:
+                richest = max(caches, key=lambda c: c.n_slots - _least(c))
+                with richest.lock:
+                    given = richest.give(max(0, min(missing, richest.n_slots - _least(richest))))
+                with cache.lock:
+                    cache.receive(given)
+
     def _balance(self) -> None:
         caches = [engine.cache for engine in self._engines]
         n_slots = np.array([cache.n_slots for cache in caches])
-        least = np.array([min(cache.n_slots, max(1, cache.layer.n_neurons // 50)) for cache in caches])
+        least = np.array([min(cache.n_slots, _least(cache)) for cache in caches])
         needed = np.maximum(least, [min(cache.largest, cache.layer.n_neurons) for cache in caches])
         if needed.sum() <= n_slots.sum():  # a layer with fewer slots than a pass wants must sweep, past its slots
             least = needed

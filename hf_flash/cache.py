@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_flash.memory import aligned_empty
+from hf_flash.memory import aligned_empty, discard
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
@@ -43,11 +43,17 @@ class Slots:
     Args:
         n_slots: bundles that fit.
         row_bytes: of a bundle.
+        n_more: slots behind these that may be used for a time; they take DRAM as they are.
     """
 
-    def __init__(self, n_slots: int, row_bytes: int) -> None:
-        self.rows = aligned_empty(n_slots * row_bytes).view(n_slots, row_bytes)
-        self.neuron_of = np.full(n_slots, -1, dtype=np.int64)  # in the layer that has the slot
+    def __init__(self, n_slots: int, row_bytes: int, n_more: int = 0) -> None:
+        n = n_slots + n_more
+        self.rows = aligned_empty(n * row_bytes).view(n, row_bytes)
+        self.neuron_of = np.full(n, -1, dtype=np.int64)  # in the layer that has the slot
+
+    def discard(self, first: int) -> None:
+        """Give the memory of the slots from the first on back to the system, until they are used again."""
+        discard(self.rows[first:].view(-1))
 
 
 class NeuronCache:
@@ -216,6 +222,18 @@ class NeuronCache:
         """These slots are this layer's from now on. Hold `lock`."""
         self._owned[self.n_slots : self.n_slots + len(slots)] = slots
         self.n_slots += len(slots)
+
+    def withdraw(self, first: int) -> None:
+        """Lose the slots from the first on, with what they hold. Hold `lock`, and let no read be under way."""
+        owned = self._owned[: self.n_slots]
+        stays = owned < first
+        used = owned[: self.n_used]
+        self._drop(used[~stays[: self.n_used]])
+        n_used = int(stays[: self.n_used].sum())
+        left = owned[stays]  # used ones still come first
+        self._owned[: len(left)] = left
+        self.n_slots = len(left)
+        self.took(n_used, self.window.clock)
 
     def _take_slots(self, n: int, wanted: IntArray) -> IntArray:
         """Slots for n neurons more: unused ones, then those of the neurons that are worth least and not wanted."""

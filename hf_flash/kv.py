@@ -7,6 +7,9 @@ token writes its own rows.
 
 from __future__ import annotations
 
+import mmap
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_flash.memory import untouched
+
+PAGE_TOKENS = 64  # of a head in a page, or fewer: each head begins a page of its own
 
 
 class GrowingLayer(DynamicLayer):
@@ -52,23 +57,82 @@ class GrowingLayer(DynamicLayer):
         self._rooms = None
         super().reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: the tokens, not the room for more."""
+        held = {name: t.clone() for name in ("keys", "values") if (t := getattr(self, name, None)) is not None}
+        return {**vars(self), "_rooms": None, **held}
 
-def install(model: nn.Module, n_tokens: int) -> None:
-    """Let every DynamicCache that a model is called with grow in place.
+
+class Watch:
+    """What the caches that a model is called with take, as a pass begins.
 
     Args:
-        model: what users call.
-        n_tokens: of all sequences together, that memory was planned for.
+        n_tokens: of all sequences together, that memory was planned for. token_bytes: keys and values of one.
+        tell: called with the bytes that will be filled when the pass is done, or with None where nobody can say.
     """
 
-    def adopt(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, n_tokens: int, token_bytes: int, tell: Callable[[int | None], None] | None = None) -> None:
+        self._n_tokens, self._token_bytes, self._tell = n_tokens, token_bytes, tell
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook: let the cache of a pass grow in place, and tell what all of them take."""
         cache = kwargs.get("past_key_values")
+        self._adopt(cache)
+        if self._tell is not None:
+            self._tell(self._bytes_after(cache, args, kwargs))
+
+    def _bytes_after(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs.get("inputs_embeds") if ids is None else ids
+        if len(args) > 1 or not isinstance(ids, torch.Tensor) or ids.dim() < 2:  # a cache may be among the arguments
+            return None
+        n_new, total = ids.shape[0] * ids.shape[1], 0
+        for known in self._caches:
+            n_bytes = _filled(known, n_new if known is cache else 0)
+            if n_bytes is None:
+                return None
+            total += n_bytes
+        if cache is not None and cache.get_seq_length() > 0:
+            return total
+        return total + (n_new + PAGE_TOKENS * ids.shape[0]) * self._token_bytes
+
+    def ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A hook: a cache that the model made itself is one that its next pass is called with."""
+        self._adopt(getattr(output, "past_key_values", None))
+
+    def _adopt(self, cache: Any) -> None:
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         if isinstance(cache, Cache):
-            _adopt(cache, n_tokens)
+            self._caches.add(cache)
+            _adopt(cache, self._n_tokens)
 
-    model.register_forward_pre_hook(adopt, with_kwargs=True)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return self
+
+
+def install(
+    model: nn.Module, n_tokens: int, token_bytes: int = 0, tell: Callable[[int | None], None] | None = None
+) -> None:
+    """Let every DynamicCache that a model is called with grow in place; arguments as of `Watch`."""
+    watch = Watch(n_tokens, token_bytes, tell)
+    model.register_forward_pre_hook(watch.begins, with_kwargs=True)
+    if tell is not None:
+        model.register_forward_hook(watch.ended)
+
+
+def _filled(cache: Cache, n_new: int) -> int | None:
+    """Bytes of a cache once so many tokens more of all its sequences are there; None for a cache of another kind."""
+    layers = [layer for layer in cache.layers if type(layer) is GrowingLayer]
+    if len(layers) < len(cache.layers):
+        return None
+    keys = layers[0].keys if layers else None
+    if keys is None or not keys.numel():
+        return 0
+    batch, n_heads, n_held, _ = keys.shape
+    pages = -(-(n_held + n_new // batch) * keys.stride(2) * keys.itemsize // mmap.PAGESIZE)
+    return 2 * len(layers) * batch * n_heads * (pages + 1) * mmap.PAGESIZE
 
 
 def _adopt(cache: Cache, n_reserved: int) -> None:

@@ -54,6 +54,18 @@ def untouched(n_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def discard(tensor: torch.Tensor) -> None:
+    """Give the whole pages of some anonymous memory back to the system; what was there is lost.
+
+    Args:
+        tensor: contiguous uint8 of `aligned_empty` or `untouched`.
+    """
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    n_bytes = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if n_bytes > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
+
+
 def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
     """One piece of `aligned_empty` memory in page-aligned parts: small ones share huge pages.
 

@@ -111,6 +111,81 @@ def test_books_stay_true_whatever_moves(
                 cache.fetch(neurons)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, N // 2), min_size=N_LAYERS, max_size=N_LAYERS), WANTED,
+    st.lists(st.integers(0, 40), min_size=1, max_size=20),
+)  # fmt: skip
+def test_lent_slots_come_and_go(
+    files: dict[str, Path], n_slots: list[int], tokens: list[tuple[frozenset[int], ...]], lent: list[int]
+) -> None:
+    some = engines(files, n_slots)
+    caches, balance = [engine.cache for engine in some], Balance(some, n_slots, 40)
+    for t, wanted in enumerate(tokens):
+        balance.lend(lent[t % len(lent)])
+        if t % 4 == 3:
+            balance._next = 0
+        balance.pass_begins()
+        owned = np.concatenate([cache._owned[: cache.n_slots] for cache in caches])
+        assert len(set(owned.tolist())) == len(owned), "a slot in two layers"
+        assert set(range(sum(n_slots))) <= set(owned.tolist()), "a layer's own slot is nobody's"
+        assert owned.max() < sum(n_slots) + balance.n_lent
+        assert (balance._slots.neuron_of[sum(n_slots) + balance.n_lent :] == -1).all()
+        assert all(1 <= cache.n_slots <= N for cache in caches)
+        for cache, neurons in zip(caches, wanted, strict=True):
+            slots = cache.cached(np.arange(N))
+            held = np.flatnonzero(slots >= 0)
+            assert len(held) == cache.n_used and (cache.slots.neuron_of[slots[held]] == held).all()
+            rows = cache.rows[torch.from_numpy(slots[held])]
+            assert torch.equal(rows, ROWS[cache.layer.path][torch.from_numpy(held)])
+            cache.window.tick()
+            neurons = np.array(sorted(neurons), np.int64)
+            if cache.fits(neurons):
+                cache.fetch(neurons)
+    assert caches[0]._stats.cache_bytes == sum(cache.n_used for cache in caches) * LAYOUT.row_bytes
+
+
+def test_lending_waits_for_a_pass_and_takes_its_memory_back(files: dict[str, Path]) -> None:
+    some = engines(files, [5, 5, 5])
+    balance = Balance(some, [5, 5, 5], 60)
+    balance.lend(60)
+    assert [engine.cache.n_slots for engine in some] == [25, 25, 25]
+    some[0].cache.fetch(np.arange(25))
+    held, done = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with some[2].cache.lock:
+            held.set()
+            done.wait()
+
+    other = threading.Thread(target=compute)
+    other.start()
+    held.wait()
+    back = threading.Thread(target=balance.lend, args=(0,))
+    back.start()
+    back.join(0.05)
+    assert back.is_alive() and balance.n_lent == 60, "a slot was taken from under a pass"
+    balance.pass_begins()  # does not wait for either
+    done.set()
+    back.join()
+    other.join()
+    assert [engine.cache.n_slots for engine in some] == [5, 5, 5] and balance.n_lent == 0
+    assert some[0].cache.n_used == 5
+    pages = balance._slots.rows[15:].reshape(-1)[4096 : -2 * 4096]
+    assert not pages.any(), "the memory was not given back"
+
+
+def test_what_is_lent_ends_with_a_stopped_pass(files: dict[str, Path]) -> None:
+    some = engines(files, [5, 5, 5])
+    balance = Balance(some, [5, 5, 5], 60)
+    balance.lend(60)
+    some[1].cache.reset()
+    balance.lend(30)
+    assert some[1].cache.n_slots == 25, "it has memory of its own"
+    balance.pass_begins()
+    assert balance.n_lent == 0 and [engine.cache.n_slots for engine in some] == [5, 5, 5]
+
+
 def test_a_busy_layer_takes_the_slots_of_a_quiet_one(files: dict[str, Path]) -> None:
     some = engines(files, [10, 10, 10])
     caches, balance = [engine.cache for engine in some], Balance(some, [10, 10, 10])

@@ -1,0 +1,144 @@
+"""What the KV cache does not fill yet holds neurons: as much as there is, and never more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import hf_flash
+from hf_flash import kv, loan
+from hf_flash.loan import Loan
+from hf_flash.memory import HUGE_BYTES
+
+ROW = 6144
+
+
+@dataclasses.dataclass
+class Lender:
+    """Stands for a Balance."""
+
+    n_own: int
+    row_bytes: int = ROW
+    n_lent: int = 0
+    changes: int = 0
+
+    def lend(self, n: int) -> None:
+        self.n_lent, self.changes = n, self.changes + 1
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 250 << 20)), min_size=1, max_size=20), st.integers(0, 50_000))
+def test_no_more_is_lent_than_is_not_filled(filled: list[int | None], n_own: int) -> None:
+    planned, balances = 200 << 20, [Lender(n_own), Lender(n_own // 2, 2 * ROW)]
+    lending = Loan(balances, planned, 200_000)  # type: ignore[arg-type]
+    for n in filled:
+        lending.told(n)
+        lent = sum(b.n_lent * b.row_bytes for b in balances)
+        spare = 0 if n is None else max(0, planned - n)
+        assert lent <= spare and all(b.n_lent >= 0 for b in balances)
+        if n is None:
+            assert lent == 0
+        assert lent >= spare - 32 * 200_000 - 2 * (loan.LEAST_BYTES + HUGE_BYTES + 2 * ROW)
+
+
+def test_a_token_seldom_changes_anything() -> None:
+    lender, token = Lender(10_000), 200_000
+    lending = Loan([lender], 1000 * token, token)  # type: ignore[list-item]
+    for n in range(1000):
+        lending.told(n * token)
+    assert lender.changes < 50 and lender.n_lent == 0
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The shipped model's KV cache is far smaller than a huge page."""
+    monkeypatch.setattr(loan, "LEAST_BYTES", 1)
+    monkeypatch.setattr(loan, "HUGE_BYTES", 1)
+    monkeypatch.setattr(loan, "AHEAD_TOKENS", 2)
+    yield
+
+
+def opened(flash_folder: Path, cap: int, **options: Any) -> Any:
+    config = hf_flash.FlashConfig(memory=cap, context=256, gate="certified", **options)
+    return AutoModelForCausalLM.from_pretrained(flash_folder, quantization_config=config)
+
+
+def lent(model: Any) -> int:
+    return sum(balance.n_lent * balance.row_bytes for balance in model._hf_flash.balances)
+
+
+def test_it_is_lent_and_taken_back_as_tokens_come(
+    flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[tuple[int, int]] = []
+    true = Loan.told
+
+    def told(self: Loan, filled: int | None) -> None:
+        true(self, filled)
+        assert filled is not None and lent(model) <= max(0, planned - filled)
+        seen.append((filled, lent(model)))
+
+    monkeypatch.setattr(Loan, "told", told)
+    model = opened(flash_folder, cap_for("certified", "half"))
+    planned = model._hf_flash.plan.parts["KV cache"]
+    ids = torch.arange(5, 12)[None]
+    want = dense.generate(ids, max_new_tokens=150, min_new_tokens=150, do_sample=False)
+    for _ in range(2):
+        seen.clear()
+        assert torch.equal(model.generate(ids, max_new_tokens=150, min_new_tokens=150, do_sample=False), want)
+        assert seen[0][1] > planned // 2 and seen[0][1] > seen[70][1] > seen[-1][1]
+        assert [n for n, _ in seen[1:]] == sorted(n for n, _ in seen[1:])
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_cache(model, ids).layers)
+    assert seen[-1][0] >= held, "more is filled than was told"
+
+
+def filled_cache(model: Any, ids: torch.Tensor) -> Any:
+    out = model.generate(ids, max_new_tokens=150, min_new_tokens=150, do_sample=False, return_dict_in_generate=True)
+    return out.past_key_values
+
+
+def test_every_cache_that_lives_counts(
+    flash_folder: Path, cap_for: Callable[[str, str], int], small_steps: None
+) -> None:
+    model = opened(flash_folder, cap_for("certified", "half"))
+    ids = torch.arange(5, 65)[None]
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=DynamicCache())
+        free = lent(model)
+        held = [model(ids).past_key_values for _ in range(3)]  # made by the model itself
+        model(ids[:, :2], past_key_values=DynamicCache())
+        three = lent(model)
+        assert free - three >= 3 * sum(layer.keys.nbytes + layer.values.nbytes for layer in held[0].layers)
+        del held
+        model(ids[:, :2], past_key_values=DynamicCache())
+        assert lent(model) > three
+        static = StaticCache(model.config, max_cache_len=64)
+        model(ids, past_key_values=static)
+        model(ids[:, :2], past_key_values=DynamicCache())
+        assert lent(model) == 0, "what a cache of another kind takes is not known"
+        del static
+        model(ids[:, :2], past_key_values=DynamicCache())
+        assert lent(model) == free
+        model(ids[:, :2], None, DynamicCache())  # somewhere among the arguments
+        assert lent(model) == 0
+
+
+def test_a_copied_cache_has_its_tokens_and_no_room() -> None:
+    import copy
+
+    layer = kv.GrowingLayer()
+    layer.n_reserved = 1 << 16
+    layer.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16))
+    twin = copy.deepcopy(layer)
+    assert twin.keys.untyped_storage().nbytes() == twin.keys.nbytes and torch.equal(twin.keys, layer.keys)
+    twin.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
+    assert layer.keys.shape[2] == 3 and layer.keys.all() and twin.keys.shape[2] == 4
