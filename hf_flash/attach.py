@@ -39,7 +39,7 @@ from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.loan import Loan
-from hf_flash.memory import return_large_blocks, trim_malloc
+from hf_flash.memory import keep_few_kernels, return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
 from hf_flash.sparse import SparseEngine
@@ -388,6 +388,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         CheckpointError: a file is missing, torn or truncated.
     """
     return_large_blocks()
+    keep_few_kernels()
     config, stats = runtime.config, runtime.stats
     reader = open_reader(n_threads=config.n_threads)
     apart = "bundling" in config.without

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE_BYTES = 2 << 20
+KERNELS_KEPT = 32  # a pass of many tokens has some 20 shapes
 
 
 def aligned_empty(n_bytes: int) -> torch.Tensor:
@@ -98,6 +100,16 @@ def return_large_blocks() -> None:
     the heap, in holes that the cap pays for.
     """
     _mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
+def keep_few_kernels() -> None:
+    """Make torch's matrix library keep the code of few shapes, unless the user has said of how many.
+
+    oneDNN and the layer around it keep 1,024 each, half a MiB of compiled code for a shape: prompts of ever other
+    lengths took 26 MB each, past any cap. Read when the first product is computed; later this changes nothing.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS_KEPT))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hf_flash import native, ops, trace
 from hf_flash.cache import NeuronCache
@@ -23,6 +24,7 @@ from hf_flash.store import FlashLayer, FlashStore
 
 Batch = tuple[IntArray, torch.Tensor, IntArray]  # neurons, memory [n, row_bytes] uint8, where in it each is
 
+N_WIDTHS = 8  # numbers of rows that matrix products of a batch come in
 EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
 
 
@@ -192,7 +194,7 @@ class SparseEngine(Engine):
         with self._pieces(neurons, ago, flat.shape[0]) as batches:
             for index, gate, up, down in batches:
                 t1 = time.perf_counter()
-                h = ops.hidden(flat, up, act, gate, *biases.part(index))
+                h = self._hidden(flat, up, act, gate, *biases.part(index))
                 fired[index] = (h != 0).any(0)
                 if alone:  # one product, rounded once, as in the dense block
                     y = ops.project(h, down, biases.down)
@@ -205,6 +207,22 @@ class SparseEngine(Engine):
             y = torch.zeros(flat.shape[0], self.layer.layout.d_out, dtype=wide) if y is None else y
             y = (y if biases.down is None else y + biases.down).to(flat.dtype)
         return y, int(fired.sum())
+
+    def _hidden(self, flat: torch.Tensor, up: torch.Tensor, act: ops.Activation, gate: torch.Tensor | None,
+                up_bias: torch.Tensor | None, gate_bias: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+        """`ops.hidden`, on a few more rows than asked for: torch's library keeps half a MiB of code for every shape.
+
+        The rows behind are what an earlier batch left in the scratch; what comes of them is dropped.
+        """
+        n = up.shape[0]
+        step = -(-self._batch_rows // N_WIDTHS)
+        more = min(-(-n // step) * step, self._batch_rows) - n
+        if more <= 0 or not (_has_room(up, more) and (gate is None or _has_room(gate, more))):
+            return ops.hidden(flat, up, act, gate, up_bias, gate_bias)
+        wide = [None if rows is None else _with_more(rows, more) for rows in (up, gate)]
+        biases = [None if bias is None else F.pad(bias, (0, more)) for bias in (up_bias, gate_bias)]
+        assert wide[0] is not None
+        return ops.hidden(flat, wide[0], act, wide[1], *biases)[:, :n]
 
     def _wanted(self, flat: torch.Tensor, biases: ops.Biases) -> tuple[IntArray, IntArray]:
         """Neurons that any token wants, sorted, and how many tokens ago each was wanted."""
@@ -269,12 +287,16 @@ class SparseEngine(Engine):
             some, index = neurons[i : i + self._batch_rows], torch.from_numpy(slots[i : i + self._batch_rows])
             part = rows
             if rows is self.cache.rows:
-                part = self._work.get("rows", (len(index), self.layer.layout.row_bytes), torch.uint8)
+                part = self._scratch("rows", len(index), self.layer.layout.row_bytes)
                 torch.index_select(rows, 0, index, out=part)
             yield (torch.from_numpy(some), *self.layer.split(part, some, self._whole_rows))
 
     def _whole_rows(self, n: int, row_bytes: int) -> torch.Tensor:
-        return self._work.get("unpacked", (n, row_bytes), torch.uint8)
+        return self._scratch("unpacked", n, row_bytes)
+
+    def _scratch(self, name: str, n: int, row_bytes: int) -> torch.Tensor:
+        """[n, row_bytes] uint8, with memory behind them for a whole batch."""
+        return self._work.get(name, (max(n, self._batch_rows), row_bytes), torch.uint8)[:n]
 
     def _sweep(self, neurons: IntArray, ago: IntArray) -> Generator[Batch]:
         """More neurons than slots: those in DRAM first, then the others, the next batch being read meanwhile.
@@ -307,9 +329,20 @@ class SparseEngine(Engine):
                 ticket.settle()
 
     def _read_batch(self, batch: IntArray, number: int) -> tuple[IntArray, torch.Tensor, Ticket]:
-        rows = self._work.get(f"sweep{number % 2}", (len(batch), self.layer.layout.row_bytes), torch.uint8)
+        rows = self._scratch(f"sweep{number % 2}", len(batch), self.layer.layout.row_bytes)
         ticket, n_bytes, n_reads = self._store.submit_rows(
             self.layer, batch, rows, np.arange(len(batch)), self.cache.max_gap_rows
         )
         self._stats.add(bytes_read=n_bytes, n_reads=n_reads)
         return batch, rows, ticket
+
+
+def _has_room(rows: torch.Tensor, more: int) -> bool:
+    """Whether there is memory for so many rows behind these."""
+    end = rows.storage_offset() + (rows.shape[0] + more - 1) * rows.stride(0) + rows.shape[1]
+    return end * rows.itemsize <= rows.untyped_storage().nbytes()
+
+
+def _with_more(rows: torch.Tensor, more: int) -> torch.Tensor:
+    """These rows and what lies behind them."""
+    return rows.as_strided((rows.shape[0] + more, rows.shape[1]), rows.stride(), rows.storage_offset())

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -217,6 +218,25 @@ def test_sparse_engine_is_the_stock_formula(
     stats = bench.stats
     assert stats.neurons_fired <= stats.neurons_wanted == stats.neurons_hit + stats.neurons_read
     assert stats.cache_bytes <= min(n_slots, N) * bench.layer.layout.row_bytes
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_prompts_ask_for_few_shapes(on_flash, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's library keeps half a MiB of code for each: prompts of ever other lengths took 26 MB each."""
+    bench = Bench(*on_flash(F32, gated, True))
+    engine, true, widths = bench.sparse(nn.ReLU(), 20, 32), ops.hidden, set()
+
+    def hidden(x: torch.Tensor, up: torch.Tensor, *more: Any) -> torch.Tensor:
+        widths.add(up.shape[0])
+        return true(x, up, *more)
+
+    for seed in range(20):
+        x = inputs(12, F32, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "hidden", hidden)
+            y = engine.forward(x, nn.ReLU(), bench.weights.biases)
+        bench.weights.check(y, x, nn.ReLU())
+    assert widths <= {4, 8, 12, 16, 20, 24, 28, 32}
 
 
 def engines(bench: Bench) -> list[Engine]:
