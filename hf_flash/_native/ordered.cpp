@@ -32,9 +32,6 @@ constexpr int ROWS = 16;        // outputs in a register
 constexpr int GROUPS = 2;       // registers summed side by side: a chain waits for itself
 constexpr int NEURONS = 8;      // down rows taken together
 
-// Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
-INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
-
 // Puts the escapes of a row that lie below `end` in their places of `values` (laned), which begin at weight `from`.
 INLINE void patch(const Packed &p, int32_t *at, int32_t last, int64_t from, int64_t end, uint16_t *values) {
   for (; *at < last; ++*at) {
@@ -227,7 +224,7 @@ extern "C" {
 // Whether this CPU has the instruction.
 int hf_flash_ordered() {
 #ifdef ORDERED
-  return can_tight() && __builtin_cpu_supports("avx512bf16");
+  return can_pairs();
 #else
   return 0;
 #endif

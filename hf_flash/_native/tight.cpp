@@ -26,54 +26,7 @@ int best_base(const uint16_t *w, int64_t E) {
 #pragma GCC target("arch=x86-64-v4,avx512vbmi,avx512vbmi2")
 namespace {
 
-// out[t, i .. i + ROWS] = rows times x[t] for T tokens, x shuffled; the rows after them are fetched meanwhile.
-template <int ROWS, int T>
-INLINE void dots(const Tight &m, int64_t i, int64_t ahead, const float *x, int64_t n, float *out) {
-  TightRow row[ROWS];
-  __m512 sums[T][ROWS][2];
-  for (int r = 0; r < ROWS; r++) row[r] = tight_row(m, i + r);
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < ROWS; r++) sums[t][r][0] = sums[t][r][1] = _mm512_setzero_ps();
-  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int64_t j = 0, code = m.E; j < m.E; j += BLOCK, code += CODE_BYTES, x += BLOCK) {
-    for (int r = 0; r < ROWS; r++) {
-      __m512i a, b;
-      __builtin_prefetch(row[r].row + ahead + j);
-      __builtin_prefetch(row[r].row + ahead + code);
-      decode_lanes(row + r, j, code, &a, &b);
-      const __m512 w[4] = {(__m512)_mm512_slli_epi32(a, 16), (__m512)_mm512_and_si512(a, odd),
-                           (__m512)_mm512_slli_epi32(b, 16), (__m512)_mm512_and_si512(b, odd)};
-      for (int t = 0; t < T; t++)
-        for (int v = 0; v < 4; v++)
-          sums[t][r][v % 2] = _mm512_fmadd_ps(w[v], _mm512_load_ps(x + t * m.E + 16 * v), sums[t][r][v % 2]);
-    }
-  }
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < ROWS; r++) out[t * n + i + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[t][r][0], sums[t][r][1]));
-}
-
-// The same for rows begin .. end and some tokens; returns how many of T it took.
-template <int ROWS, int TOKENS>
-int64_t take(const Tight &m, int64_t begin, int64_t end, const float *x, int64_t T, int64_t n, float *out) {
-  if (T < TOKENS) return 0;
-  int64_t i = begin;
-  for (; i + ROWS <= end; i += ROWS)
-    dots<ROWS, TOKENS>(m, i, ROWS * m.stride, x, n, out);
-  for (; i < end; i++) dots<1, TOKENS>(m, i, 0, x, n, out);
-  return TOKENS;
-}
-
-// out[t, i] = row i . x[t] for rows begin .. end; x is shuffled.
-void matvec(const Tight &m, int64_t begin, int64_t end, const float *x, int64_t T, int64_t n, float *out) {
-  for (int64_t t = 0; t < T;) {
-    const float *from = x + t * m.E;
-    float *to = out + t * n;
-    int64_t taken = take<2, 4>(m, begin, end, from, T - t, n, to);
-    if (!taken) taken = take<2, 2>(m, begin, end, from, T - t, n, to);
-    if (!taken) taken = take<4, 1>(m, begin, end, from, T - t, n, to);
-    t += taken;
-  }
-}
+#include "tight_loops.h"
 
 // Rows ids[begin] .. ids[end], or begin .. end, to bfloat16.
 void unpack(const Tight &m, const int64_t *ids, int64_t begin, int64_t end, uint16_t *out, int64_t out_stride) {
@@ -93,6 +46,16 @@ void unpack(const Tight &m, const int64_t *ids, int64_t begin, int64_t end, uint
   }
 }
 
+}  // namespace
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vbmi,avx512vbmi2,avx512bf16")
+namespace {
+namespace pairs {
+#define PAIRS
+#include "tight_loops.h"
+#undef PAIRS
+}  // namespace pairs
 }  // namespace
 #pragma GCC pop_options
 #endif
@@ -154,6 +117,13 @@ void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64
                            int dtype, void *out) {
 #ifdef TIGHT
   const Tight m{rows, stride, E, base, start, escapes};
+  if (dtype == BF16 && can_pairs()) {
+    Floats laid(T * E / 2);
+    uint16_t *to = reinterpret_cast<uint16_t *>(laid.data());
+    for (int64_t j = 0; j < T * E; j++) to[j / BLOCK * BLOCK + laned(j % BLOCK)] = static_cast<const uint16_t *>(x)[j];
+    return linear(n, E, T, bias, dtype, out,
+                  [&](int64_t begin, int64_t end, float *sums) { pairs::matvec(m, begin, end, to, T, n, sums); });
+  }
   Floats mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
   linear(n, E, T, bias, dtype, out,
          [&](int64_t begin, int64_t end, float *sums) { matvec(m, begin, end, mixed.data(), T, n, sums); });

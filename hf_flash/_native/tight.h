@@ -19,6 +19,9 @@ struct Tight {  // how a matrix is kept
   const uint8_t *escapes;  // and 64 bytes more
 };
 
+// Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
+INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
+
 }  // namespace
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
@@ -62,6 +65,9 @@ INLINE void decode_lanes(TightRow *r, int64_t j, int64_t code, __m512i *first, _
 inline bool can_tight() {
   return level() == 4 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
 }
+
+// Whether it adds two products of bfloat16 to a float32 at once, too.
+inline bool can_pairs() { return can_tight() && __builtin_cpu_supports("avx512bf16"); }
 
 }  // namespace
 #pragma GCC pop_options
