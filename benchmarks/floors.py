@@ -2,8 +2,8 @@
 
 - Gate `all`, and every lossless program on these weights: a token needs every weight once, save the input embedding of
   an untied model (one row). At best all of `memory` holds weights; the rest is read for every token.
-- Our own run: what it truly read per token, and what it truly had to touch: the resident weights that a token
-  multiplies, the sketches, and the rows of the neurons that it wanted.
+- Our own run: what it truly read per token, and what it truly had to touch: the resident matrices in the bits that it
+  keeps them in, the sketches, and the rows of the neurons that it wanted.
 
 Reading and computing can overlap, so a floor is the larger of the two terms.
 """
@@ -11,11 +11,8 @@ Reading and computing can overlap, so a floor is the larger of the two terms.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
-
-FFN = re.compile(r"\.(mlp\.(gate|up|down)_proj|fc1|fc2)\.weight$")
 
 
 def tensor_bytes(model_dir: str | Path) -> dict[str, int]:
@@ -58,9 +55,7 @@ def lossless(model_dir: str | Path, memory: int, speeds: dict[str, float]) -> di
 def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) -> dict[str, float]:
     """The floor of what hf_flash read and touched in a run (its counters are those of decoding alone)."""
     stats = row["stats"]
-    sizes = tensor_bytes(spec["model_dir"])
-    ffn = sum(n for name, n in sizes.items() if FFN.search(name))
-    resident = sum(sizes.values()) - ffn - looked_up_bytes(sizes)
+    resident = stats["resident_bytes"]
     flash = sum(f.stat().st_size for f in Path(spec["converted_dir"]).glob("flash-*.safetensors"))
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`

@@ -58,7 +58,8 @@ def measure(run: cgroup.Run, dense: dict[str, Any], whose: str = "") -> dict[str
     row.update({key: result[key] for key in (*keys, "token_s")}, anon_bytes=run.anon_bytes)
     if "stats" in result:
         row["stats"] = {k: v for k, v in result["stats"].items() if isinstance(v, (int, float))}
-        row["stats"]["sketch_bytes"] = result["stats"]["plan"]["parts"].get("gates", 0)
+        parts = result["stats"]["plan"]["parts"]
+        row["stats"] |= {"sketch_bytes": parts.get("gates", 0), "resident_bytes": parts["resident matrices"]}
     n = len(result["tokens"])
     equal = common.compare_tokens(result["tokens"], dense["tokens"][:n], dense["margins"])
     return {**row, "right": equal["right"], "words": equal["words"] + whose}

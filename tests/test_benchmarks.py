@@ -154,11 +154,11 @@ def test_floors_count_what_a_token_needs(helpers: tuple[ModuleType, ModuleType],
     (tmp_path / "flash").mkdir()
     (tmp_path / "flash" / "flash-00001-of-00001.safetensors").write_bytes(bytes(1024 * 256))
     spec = {"model_dir": opt, "converted_dir": tmp_path / "flash", "n_neurons": 1024}
-    ffn = 4 * 2 * 64 * 256 * 2
-    row = {"read_bytes_per_token": 5e5, "stats": {"sketch_bytes": 1000, "neurons_wanted": 30, "n_tokens": 3}}
-    assert floors.ours(spec, row, speeds)["touched_bytes"] == needed - ffn + 1000 + 10 * 256
-    row["stats"]["sketch_bytes"] = 0
-    assert floors.ours(spec, row, speeds)["touched_bytes"] == needed - ffn + 1024 * 256
+    stats = {"sketch_bytes": 1000, "resident_bytes": 5000, "neurons_wanted": 30, "n_tokens": 3}
+    row = {"read_bytes_per_token": 5e5, "stats": stats}
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1000 + 10 * 256
+    stats["sketch_bytes"] = 0
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1024 * 256
 
 
 def test_rotary_rows_go_from_halves_to_pairs(helpers: tuple[ModuleType, ModuleType]) -> None:
