@@ -31,7 +31,8 @@ print((anonymous() - before) >> 10)
 
 
 def grown(how: str) -> int:
-    out = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)
+    env = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    out = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True, env=env)
     return int(out.stdout)
 
 
