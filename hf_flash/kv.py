@@ -7,7 +7,9 @@ token writes its own rows.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +65,24 @@ class GrowingLayer(DynamicLayer):
         return {**vars(self), "_rooms": None, **held}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """Tokens that a pass adds, of all its sequences together, and the cache that it was given, if any."""
+
+    cache: weakref.ref[Any] | None
+    n_sequences: int
+    n_tokens: int
+
+
+def _pass_of(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass | None:
+    """What the arguments of a model say; None where they do not."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    if len(args) > 1 or not isinstance(ids, torch.Tensor) or ids.dim() < 2:  # a cache may be among the arguments
+        return None
+    return _Pass(None if cache is None else weakref.ref(cache), ids.shape[0], ids.shape[0] * ids.shape[1])
+
+
 class Watch:
     """What the caches that a model is called with take, as a pass begins.
 
@@ -74,32 +94,41 @@ class Watch:
     def __init__(self, n_tokens: int, token_bytes: int, tell: Callable[[int | None], None] | None = None) -> None:
         self._n_tokens, self._token_bytes, self._tell = n_tokens, token_bytes, tell
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._passes: dict[int, _Pass | None] = {}  # under way, by thread; None: what it fills cannot be known
+        self._lock = threading.Lock()
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook: let the cache of a pass grow in place, and tell what all of them take."""
         cache = kwargs.get("past_key_values")
-        self._adopt(cache)
-        if self._tell is not None:
-            self._tell(self._bytes_after(cache, args, kwargs))
+        with self._lock:
+            self._adopt(cache)
+            if self._tell is not None:
+                self._passes[threading.get_ident()] = _pass_of(cache, args, kwargs)
+                self._tell(self._bytes_after())  # with the lock held: what is told later was found later
 
-    def _bytes_after(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        if len(args) > 1 or not isinstance(ids, torch.Tensor) or ids.dim() < 2:  # a cache may be among the arguments
-            return None
-        n_new, total = ids.shape[0] * ids.shape[1], 0
+    def _bytes_after(self) -> int | None:
+        """Bytes of all caches when the passes that are under way are done."""
+        total, new = 0, {}
+        for one in self._passes.values():
+            if one is None:
+                return None
+            cache = None if one.cache is None else one.cache()
+            if cache is not None and cache.get_seq_length() > 0:
+                new[id(cache)] = one.n_tokens
+            elif cache is not None or one.cache is None:
+                total += (one.n_tokens + PAGE_TOKENS * one.n_sequences) * self._token_bytes
         for known in self._caches:
-            n_bytes = _filled(known, n_new if known is cache else 0)
+            n_bytes = _filled(known, new.get(id(known), 0))
             if n_bytes is None:
                 return None
             total += n_bytes
-        if cache is not None and cache.get_seq_length() > 0:
-            return total
-        return total + (n_new + PAGE_TOKENS * ids.shape[0]) * self._token_bytes
+        return total
 
     def ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook: a cache that the model made itself is one that its next pass is called with."""
-        self._adopt(getattr(output, "past_key_values", None))
+        with self._lock:
+            self._passes.pop(threading.get_ident(), None)
+            self._adopt(getattr(output, "past_key_values", None))
 
     def _adopt(self, cache: Any) -> None:
         if isinstance(cache, EncoderDecoderCache):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,26 @@ def test_every_cache_that_lives_counts(
         assert lent(model) == free
         model(ids[:, :2], None, DynamicCache())  # somewhere among the arguments
         assert lent(model) == 0
+
+
+def test_what_another_thread_is_about_to_fill_counts() -> None:
+    told: list[int | None] = []
+    watch = kv.Watch(1000, 256, told.append)
+    long, short = DynamicCache(), DynamicCache()
+
+    def begin(n: int, cache: Any) -> None:
+        watch.begins(torch.nn.Identity(), (), {"input_ids": torch.zeros(1, n), "past_key_values": cache})
+
+    begin(1, short)
+    alone = told[-1]
+    other = threading.Thread(target=begin, args=(900, long))
+    other.start()
+    other.join()
+    begin(1, short)  # the other pass has not written a token yet
+    assert alone is not None and told[-1] is not None and told[-1] >= alone + 900 * 256
+    del long  # its thread gave up
+    begin(1, short)
+    assert told[-1] == alone
 
 
 def test_a_copied_cache_has_its_tokens_and_no_room() -> None:
