@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from hf_flash import native
+from hf_flash.ordered import nearly_opposite
 
 MULTIPLE = 16  # of head_dim
 _PROOF_TOKENS = (1, 13, 37, 545, 1040)
@@ -57,8 +58,7 @@ def agrees(n_heads: int, n_shared: int, size: int) -> bool:
     Args:
         n_heads: of the queries, of all sequences; n_shared: of the keys. size: of a head.
     """
-    lib = native.library()
-    if lib is None or not lib.hf_flash_attention() or size % MULTIPLE or n_heads < 2 or n_heads % n_shared:
+    if native.library() is None or size % MULTIPLE or n_heads < 2 or n_heads % n_shared:
         return False  # torch gives a single head to several threads, which share its sums
     return _compare(n_heads // n_shared, size, torch.get_num_threads())
 
@@ -66,22 +66,22 @@ def agrees(n_heads: int, n_shared: int, size: int) -> bool:
 @functools.cache
 def _compare(group: int, size: int, n_threads: int) -> bool:
     """`n_threads` is a part of what was compared. Two heads with keys of their own, as in a cache that is not full."""
+    lib = native.library()
+    if lib is None or not lib.hf_flash_attention():
+        return False
     generator = torch.Generator().manual_seed(n_threads)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    def nearly(x: torch.Tensor) -> torch.Tensor:
-        return -x * (1 + (draw(*x.shape) > 1.6) * 2.0**-7)
 
     with torch.no_grad():
         for n in _PROOF_TOKENS:
             q, k, v = draw(1, 2 * group, 1, size) * 4, draw(1, 2, n + 3, size), draw(1, 2, n + 3, size).mul(5).exp()
             half, some = size // 2, n // 2
             q[..., half:] = q[..., :half]
-            k[..., half:] = nearly(k[..., :half])
+            k[..., half:] = nearly_opposite(k[..., :half], generator)
             k[:, :, some : 2 * some] = k[:, :, :some]
-            v[:, :, some : 2 * some] = nearly(v[:, :, :some])
+            v[:, :, some : 2 * some] = nearly_opposite(v[:, :, :some], generator)
             q, k, v = q.bfloat16(), k.bfloat16()[:, :, :n], v.bfloat16()[:, :, :n]
             found = attend(q, k, v, size**-0.5).transpose(1, 2)
             if not torch.equal(found, scaled_dot_product_attention(q, k, v, enable_gqa=group > 1)):

@@ -90,7 +90,7 @@ class Balance:
             ReadError: an earlier read failed.
         """
         self._n_passes += 1
-        alone = any(engine.cache.slots is not self._slots for engine in self._engines)  # a pass was stopped
+        alone = len(self._sharers()) < len(self._engines)  # a pass was stopped
         if self._n_passes < self._next and not alone:
             return
         if not self._lock.acquire(blocking=False):
@@ -134,9 +134,13 @@ class Balance:
                     engine.cache.withdraw(first)
         self._slots.discard(first)
 
+    def _sharers(self) -> list[NeuronCache]:
+        """All layers' caches but those that a stopped pass has left with memory of their own."""
+        return [engine.cache for engine in self._engines if engine.cache.slots is self._slots]
+
     def _hand_out(self, slots: IntArray) -> None:
         """To all layers, as many as they have already; those that they have no neurons for nobody gets."""
-        caches = [engine.cache for engine in self._engines if engine.cache.slots is self._slots]
+        caches = self._sharers()
         have = np.array([cache.n_slots for cache in caches])
         bounds = np.cumsum(have) * len(slots) // max(1, int(have.sum()))
         for cache, some in zip(caches, np.split(slots, bounds[:-1]), strict=True):
@@ -145,7 +149,7 @@ class Balance:
 
     def _feed(self) -> None:
         """Give a layer whose slots were mostly lent ones the least that it must have."""
-        caches = [engine.cache for engine in self._engines if engine.cache.slots is self._slots]
+        caches = self._sharers()
         for cache in caches:
             missing = _least(cache) - cache.n_slots
             if missing > 0:

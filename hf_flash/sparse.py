@@ -158,7 +158,7 @@ class SparseEngine(Engine):
     ) -> tuple[torch.Tensor, int]:
         """The native kernel: on the slots themselves, where no row is copied, or batch by batch if they are too few.
 
-        Never torch's products: of every number of neurons its library would keep a kernel of its own, some 50 KB each.
+        Never torch's products: of every number of neurons its library would keep a kernel of its own.
         """
         y: torch.Tensor | None = None
         n_fired = 0
@@ -217,12 +217,11 @@ class SparseEngine(Engine):
         n = up.shape[0]
         step = -(-self._batch_rows // N_WIDTHS)
         more = min(-(-n // step) * step, self._batch_rows) - n
-        if more <= 0 or not (_has_room(up, more) and (gate is None or _has_room(gate, more))):
+        if more <= 0:
             return ops.hidden(flat, up, act, gate, up_bias, gate_bias)
-        wide = [None if rows is None else _with_more(rows, more) for rows in (up, gate)]
+        gate = None if gate is None else _with_more(gate, more)
         biases = [None if bias is None else F.pad(bias, (0, more)) for bias in (up_bias, gate_bias)]
-        assert wide[0] is not None
-        return ops.hidden(flat, wide[0], act, wide[1], *biases)[:, :n]
+        return ops.hidden(flat, _with_more(up, more), act, gate, *biases)[:, :n]
 
     def _wanted(self, flat: torch.Tensor, biases: ops.Biases) -> tuple[IntArray, IntArray]:
         """Neurons that any token wants, sorted, and how many tokens ago each was wanted."""
@@ -337,12 +336,6 @@ class SparseEngine(Engine):
         return batch, rows, ticket
 
 
-def _has_room(rows: torch.Tensor, more: int) -> bool:
-    """Whether there is memory for so many rows behind these."""
-    end = rows.storage_offset() + (rows.shape[0] + more - 1) * rows.stride(0) + rows.shape[1]
-    return end * rows.itemsize <= rows.untyped_storage().nbytes()
-
-
 def _with_more(rows: torch.Tensor, more: int) -> torch.Tensor:
-    """These rows and what lies behind them."""
+    """Rows in `_scratch` and what lies behind them."""
     return rows.as_strided((rows.shape[0] + more, rows.shape[1]), rows.stride(), rows.storage_offset())

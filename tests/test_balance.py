@@ -73,6 +73,11 @@ def check(balance: Balance, caches: list[NeuronCache], total: int) -> None:
     """Every slot belongs to one layer, and holds what that layer says."""
     owned = np.concatenate([cache._owned[: cache.n_slots] for cache in caches])
     assert sorted(owned.tolist()) == list(range(total)) and all(cache.slots is balance._slots for cache in caches)
+    check_books(caches)
+
+
+def check_books(caches: list[NeuronCache]) -> None:
+    """Each layer's used slots hold the neurons that it says, and their bytes are counted."""
     for cache in caches:
         slots = cache.cached(np.arange(N))
         held = np.flatnonzero(slots >= 0)
@@ -132,17 +137,32 @@ def test_lent_slots_come_and_go(
         assert owned.max() < sum(n_slots) + balance.n_lent
         assert (balance._slots.neuron_of[sum(n_slots) + balance.n_lent :] == -1).all()
         assert all(1 <= cache.n_slots <= N for cache in caches)
+        check_books(caches)
         for cache, neurons in zip(caches, wanted, strict=True):
-            slots = cache.cached(np.arange(N))
-            held = np.flatnonzero(slots >= 0)
-            assert len(held) == cache.n_used and (cache.slots.neuron_of[slots[held]] == held).all()
-            rows = cache.rows[torch.from_numpy(slots[held])]
-            assert torch.equal(rows, ROWS[cache.layer.path][torch.from_numpy(held)])
             cache.window.tick()
             neurons = np.array(sorted(neurons), np.int64)
             if cache.fits(neurons):
                 cache.fetch(neurons)
-    assert caches[0]._stats.cache_bytes == sum(cache.n_used for cache in caches) * LAYOUT.row_bytes
+    check_books(caches)
+
+
+def held_elsewhere(cache: NeuronCache) -> Callable[[], None]:
+    """Let another thread hold a layer's lock, as a pass does; returns what ends that."""
+    held, done = threading.Event(), threading.Event()
+
+    def compute() -> None:
+        with cache.lock:
+            held.set()
+            done.wait()
+
+    def finish() -> None:
+        done.set()
+        other.join()
+
+    other = threading.Thread(target=compute)
+    other.start()
+    held.wait()
+    return finish
 
 
 def test_lending_waits_for_a_pass_and_takes_its_memory_back(files: dict[str, Path]) -> None:
@@ -151,24 +171,14 @@ def test_lending_waits_for_a_pass_and_takes_its_memory_back(files: dict[str, Pat
     balance.lend(60)
     assert [engine.cache.n_slots for engine in some] == [25, 25, 25]
     some[0].cache.fetch(np.arange(25))
-    held, done = threading.Event(), threading.Event()
-
-    def compute() -> None:
-        with some[2].cache.lock:
-            held.set()
-            done.wait()
-
-    other = threading.Thread(target=compute)
-    other.start()
-    held.wait()
+    finish = held_elsewhere(some[2].cache)
     back = threading.Thread(target=balance.lend, args=(0,))
     back.start()
     back.join(0.05)
     assert back.is_alive() and balance.n_lent == 60, "a slot was taken from under a pass"
     balance.pass_begins()  # does not wait for either
-    done.set()
+    finish()
     back.join()
-    other.join()
     assert [engine.cache.n_slots for engine in some] == [5, 5, 5] and balance.n_lent == 0
     assert some[0].cache.n_used == 5
     pages = balance._slots.rows[15:].reshape(-1)[4096 : -2 * 4096]
@@ -213,22 +223,12 @@ def test_another_threads_pass_is_not_disturbed(files: dict[str, Path]) -> None:
         balance.pass_begins()
         some[0].cache.window.tick()
         some[0].cache.fetch(np.arange(t, t + 6))
-    held, done = threading.Event(), threading.Event()
-
-    def compute() -> None:
-        with some[2].cache.lock:
-            held.set()
-            done.wait()
-
-    other = threading.Thread(target=compute)
-    other.start()
-    held.wait()
+    finish = held_elsewhere(some[2].cache)
     balance.pass_begins()
     assert [engine.cache.n_slots for engine in some] == [10, 10, 10]
     assert some[1].cache.lock.acquire(blocking=False), "a lock is kept"
     some[1].cache.lock.release()
-    done.set()
-    other.join()
+    finish()
     balance.pass_begins()
     assert some[0].cache.n_slots > 10
 

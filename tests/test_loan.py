@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
@@ -154,8 +155,6 @@ def test_what_another_thread_is_about_to_fill_counts() -> None:
 
 
 def test_a_copied_cache_has_its_tokens_and_no_room() -> None:
-    import copy
-
     layer = kv.GrowingLayer()
     layer.n_reserved = 1 << 16
     layer.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16))

@@ -27,16 +27,18 @@ INLINE __m512 wide(const uint16_t *p) {  // 16 bfloat16
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))), 16);
 }
 
-INLINE float add_lanes(__m512 v) {  // by halves
-  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0x4e));
-  v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xb1));
-  v = _mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0x4e));
-  return _mm512_cvtss_f32(_mm512_add_ps(v, _mm512_shuffle_ps(v, v, 0xb1)));
-}
+INLINE __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 
 INLINE __m512 larger(__m512 a, __m512 b) {  // or what is no number
   const __m512 most = _mm512_max_ps(a, b);
   return _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), _mm512_add_ps(a, b));
+}
+
+template <__m512 (*OF)(__m512, __m512)> INLINE float by_halves(__m512 v) {  // of all 16
+  v = OF(v, _mm512_shuffle_f32x4(v, v, 0x4e));
+  v = OF(v, _mm512_shuffle_f32x4(v, v, 0xb1));
+  v = OF(v, _mm512_shuffle_ps(v, v, 0x4e));
+  return _mm512_cvtss_f32(OF(v, _mm512_shuffle_ps(v, v, 0xb1)));
 }
 
 // 2^x as the bits of a float: the exponent from the whole part, the mantissa from a cubic of the rest (Malossi, Ineichen,
@@ -99,10 +101,7 @@ float scale_all(float *s, int64_t n, float scale) {
     rest = rest < s[t] || s[t] != s[t] ? s[t] : rest;
     if (rest != rest) return rest;
   }
-  most = larger(most, _mm512_shuffle_f32x4(most, most, 0x4e));
-  most = larger(most, _mm512_shuffle_f32x4(most, most, 0xb1));
-  most = larger(most, _mm512_shuffle_ps(most, most, 0x4e));
-  const float all = _mm512_cvtss_f32(larger(most, _mm512_shuffle_ps(most, most, 0xb1)));
+  const float all = by_halves<larger>(most);
   return rest > all ? rest : all;
 }
 
@@ -115,13 +114,13 @@ float weights(float *s, int64_t n, float most) {
     sums[t / 16 % 2] = _mm512_add_ps(sums[t / 16 % 2], e);
     _mm512_storeu_ps(s + t, round_lanes(e));
   }
-  float sum = add_lanes(_mm512_add_ps(sums[0], sums[1]));
+  float total = by_halves<plus>(plus(sums[0], sums[1]));
   for (; t < n; t++) {
     const float e = std::exp(s[t] - most);
-    sum += e;
+    total += e;
     s[t] = round_bf16(e);
   }
-  return sum;
+  return total;
 }
 
 // out[d] = fade * out[d] + sum of w[t] v[t, d] in fours, (0 + 2) + (1 + 3), and what is left from the last one back.
