@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_flash.errors import MemoryCapError
-from hf_flash.layout import chunk_rows, format_size, round_up
+from hf_flash.layout import chunk_rows, format_size
+from hf_flash.memory import round_up, shared_bytes
 
-MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = 4 << 20, 256 << 10
+MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = (4 << 20) - 8192, 256 << 10  # a buffer of the ring, 8 KiB longer, fills huge pages
 N_BUFFERS = 8
 WANTED = (
     0.147,
@@ -322,7 +323,7 @@ def _scratch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int, memory: 
 def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
     sizes = [layer.row_bytes for layer in demand.layers] + [m.row_bytes for m in streamed if not m.lookup]
     longest = max((max(size, chunk // size * size) for size in sizes), default=chunk)
-    return N_BUFFERS * (round_up(longest, 4096) + 8192)
+    return shared_bytes([round_up(longest, 4096) + 8192] * N_BUFFERS)
 
 
 def _finish(

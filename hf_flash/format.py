@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_flash.errors import CheckpointError, ChecksumError, DiskFullError
-from hf_flash.layout import DATA_ALIGN, format_size, round_up
+from hf_flash.layout import DATA_ALIGN, format_size
+from hf_flash.memory import round_up
 
 FORMAT_VERSION = 2
 ORDERED_VERSION = 3  # of files whose rows are not in the stock model's order: who does not know that must not read them

@@ -16,6 +16,7 @@ import re
 import torch
 
 from hf_flash.errors import FlashConfigError
+from hf_flash.memory import round_up
 from hf_flash.packing import packed_bytes
 
 ROW_ALIGN = 512  # bytes; row stride inside a flash tensor
@@ -24,11 +25,6 @@ DATA_ALIGN = 4096  # bytes; start of every flash tensor inside its file
 _UNITS = {"": 1, "b": 1}
 for _i, _u in enumerate("kmgt", start=1):
     _UNITS.update({_u: 1000**_i, _u + "b": 1000**_i, _u + "ib": 1024**_i})
-
-
-def round_up(n: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is >= n."""
-    return -(-n // multiple) * multiple
 
 
 def parse_size(size: int | float | str) -> int:

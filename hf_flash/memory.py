@@ -19,6 +19,11 @@ HUGE_BYTES = 2 << 20
 KERNELS_KEPT = 32  # a pass of many tokens has some 20 shapes
 
 
+def round_up(n: int, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is >= n."""
+    return -(-n // multiple) * multiple
+
+
 def aligned_empty(n_bytes: int) -> torch.Tensor:
     """Page-aligned anonymous memory that takes DRAM only as it is touched; in huge pages where it holds some.
 
@@ -69,16 +74,22 @@ def discard(tensor: torch.Tensor) -> None:
 
 
 def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
-    """One piece of `aligned_empty` memory in page-aligned parts: small ones share huge pages.
+    """One piece of `aligned_empty` memory in page-aligned parts, all of it in huge pages where it fills some.
 
     Returns:
         A [size] uint8 tensor per size.
     """
     starts = [0]
     for size in sizes:
-        starts.append(starts[-1] + -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
-    whole = aligned_empty(starts[-1])
+        starts.append(starts[-1] + round_up(size, mmap.PAGESIZE))
+    whole = aligned_empty(shared_bytes(sizes))
     return [whole[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
+
+
+def shared_bytes(sizes: Sequence[int]) -> int:
+    """DRAM that `shares` takes."""
+    n_bytes = sum(round_up(size, mmap.PAGESIZE) for size in sizes)
+    return round_up(n_bytes, HUGE_BYTES) if n_bytes >= HUGE_BYTES else n_bytes
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:

@@ -41,14 +41,15 @@ class Unit(ctypes.Structure):
 class _Slot(ctypes.Structure):
     _fields_ = [
         ("memory", _P), ("rows", _P), ("batch", _P), ("unit", _I), ("row", _I), ("n", _I), ("taken", _I),
-        ("bytes", _I), ("begun", _D),
+        ("bytes", _I), ("burst", _I), ("begun", _D),
     ]  # fmt: skip
 
 
 class _Ring(ctypes.Structure):
     _fields_ = [
         ("ring", _P), ("units", _P), ("n_units", _I), ("slots", _P), ("n_slots", _I), ("line", _P), ("n_line", _I),
-        ("last", _I), ("failed", _P), ("counters", Counters), ("log", _P),
+        ("last", _I), ("n_burst", _I), ("burst", _I),
+        ("failed", _P), ("counters", Counters), ("log", _P),
     ]  # fmt: skip
 
 
@@ -59,14 +60,14 @@ class NativeRing:
         reader: what reads.
         units: an array of `Unit`, in memory that both sides see: the stream goes on changing `next`, `first`, `keep`.
         last: the unit that was asked for last, -1 before the first.
-        n_buffers, buffer_bytes: of the ring.
+        n_buffers, buffer_bytes: of the ring. n_burst: reads that are started together.
         stats: where bytes and waits are counted.
         names: of the units, for a trace.
     """
 
     def __init__(
         self, reader: UringReader, units: ctypes.Array[Unit], last: int, n_buffers: int, buffer_bytes: int,
-        stats: FlashStats, names: Sequence[str],
+        n_burst: int, stats: FlashStats, names: Sequence[str],
     ) -> None:  # fmt: skip
         lib = native.library()
         assert lib is not None
@@ -80,7 +81,7 @@ class NativeRing:
             slot.memory = buffer.data_ptr()
         self._s = _Ring(
             ring=reader.ring, units=ctypes.addressof(units), n_units=len(units), slots=ctypes.addressof(self._slots),
-            n_slots=n_buffers, line=ctypes.addressof(self._line), last=last,
+            n_slots=n_buffers, line=ctypes.addressof(self._line), last=last, n_burst=n_burst,
         )  # fmt: skip
         self._address = ctypes.addressof(self._s)
         self._recorder: trace.Recorder | None = None  # who is told what happens

@@ -1,8 +1,11 @@
 """Rows in large extents, in order, with the next ones under way: how whole layers pass through little DRAM.
 
-A ring of a few chunk buffers is kept full. While the caller computes on one chunk the others are being read, across
-the border from one layer into the next, so the flash never waits for the arithmetic. Which unit follows which is
-learned from what was asked last time: decoders repeat their layers, encoder-decoders do so after a first pass.
+A ring of a few chunk buffers: while the caller computes on one chunk others are being read, across the border from one
+layer into the next, so the flash never waits for the arithmetic. Which unit follows which is learned from what was
+asked last time: decoders repeat their layers, encoder-decoders do so after a first pass.
+
+Reads are started in bursts of three eighths of the ring, each as the one before begins to land: a virtual disk tells of
+reads when it has nothing left to do, and whoever asked for all at once comes back to an idle device and a full ring.
 
 Reads through io_uring are kept in native memory (ring.py), so that a whole layer takes one call; what is done here,
 step by step and with any reader, is the reference.
@@ -21,8 +24,8 @@ from typing import Any
 import torch
 
 from hf_flash import trace
-from hf_flash.layout import DATA_ALIGN, chunk_rows, round_up
-from hf_flash.memory import aligned_empty, shares, view_bytes
+from hf_flash.layout import DATA_ALIGN, chunk_rows
+from hf_flash.memory import aligned_empty, round_up, shared_bytes, shares, view_bytes
 from hf_flash.ops import Activation, Biases
 from hf_flash.packed_sum import PackedSum
 from hf_flash.readers import Read, Reader, Ticket, UringReader
@@ -30,7 +33,6 @@ from hf_flash.ring import NativeRing, Unit
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 
-RESERVE = 1  # buffers that stay free while the caller waits: filled as soon as something has landed
 Chunk = tuple[int, int]  # (unit, number of the chunk in it)
 
 
@@ -40,6 +42,7 @@ class _Pending:
     buffer: torch.Tensor
     ticket: Ticket
     rows: torch.Tensor  # [n, row_bytes] view into buffer
+    burst: int
 
 
 class Stream:
@@ -59,7 +62,9 @@ class Stream:
     ) -> None:
         self._reader, self._stats, self.chunk_bytes, self._overlap = reader, stats, chunk_bytes, overlap
         self._free: list[torch.Tensor] = []
+        self._burst = 0  # number of the reads started together of which none has landed yet
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
+        self._n_burst = max(1, self._n_buffers * 3 // 8) if overlap else self._n_buffers
         self._units: list[Extent2D] = []
         self._table = (Unit * 0)()  # where each unit lies, what is pinned of it, and which one follows
         self._order: list[int] = []
@@ -116,7 +121,7 @@ class Stream:
     @property
     def ring_bytes(self) -> int:
         """DRAM that the ring takes."""
-        return self._buffer_bytes * self._n_buffers
+        return shared_bytes([self._buffer_bytes] * self._n_buffers)
 
     @contextlib.contextmanager
     def unit(self, unit: int) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
@@ -173,8 +178,8 @@ class Stream:
             for row, unit in zip(self._table, self._units, strict=True):
                 row.fd = self._reader.fd(unit.file)
             self._ring = NativeRing(
-                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._stats,
-                [unit.name.removesuffix(".bundles") for unit in self._units],
+                self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._n_burst,
+                self._stats, [unit.name.removesuffix(".bundles") for unit in self._units],
             )  # fmt: skip
         return self._ring
 
@@ -186,8 +191,9 @@ class Stream:
             try:
                 t0 = time.perf_counter()
                 pending.ticket.wait()
+                self._landed(pending)
                 if self._overlap:
-                    self._refill()  # a device that shares its time ends all reads at once: it goes on at once, too
+                    self._refill(pending)
                 else:
                     for other in self._pending:
                         other.ticket.settle()
@@ -199,29 +205,34 @@ class Stream:
                 pending.ticket.settle()
                 self._free.append(pending.buffer)
                 if self._overlap:
-                    self._refill(RESERVE)
+                    self._refill(pending)
 
     def _take(self, chunk: Chunk) -> _Pending:
         if not any(p.chunk == chunk for p in self._pending):
             self._drop_pending()
             self._schedule(chunk)
+            self._read_ahead(self._pending[-1], self._n_burst - 1)
         while self._pending[0].chunk != chunk:
             self._recycle(self._pending.popleft())
         taken = self._pending.popleft()
-        if not self._pending and (following := self._following(chunk)) is not None:
-            self._schedule(following)
-        elif self._pending and not self._overlap:
-            return taken
-        self._refill(RESERVE)
+        if self._overlap or not self._pending:
+            self._refill(taken)
         return taken
 
-    def _refill(self, reserve: int = 0) -> None:
-        """Start reads until only so many buffers are free."""
-        while self._pending and len(self._free) > reserve:
-            chunk = self._following(self._pending[-1].chunk)
+    def _refill(self, taken: _Pending) -> None:
+        """Start the next burst behind what was taken, once the one before has begun to land."""
+        last = self._pending[-1] if self._pending else taken
+        if last.burst != self._burst:
+            self._read_ahead(last, self._n_burst)
+
+    def _read_ahead(self, last: _Pending, n: int) -> None:
+        """Start up to n reads behind one, as far as buffers are free."""
+        for _ in range(min(n, len(self._free))):
+            chunk = self._following(last.chunk)
             if chunk is None:
                 return
             self._schedule(chunk)
+            last = self._pending[-1]
 
     def _following(self, chunk: Chunk) -> Chunk | None:
         """The chunk to read ahead after this one; None where everything else stays in DRAM."""
@@ -257,7 +268,7 @@ class Stream:
             raise
         self._stats.add(bytes_read=length, n_reads=1)
         rows = buffer[begin - aligned : need].view(n, unit.row_bytes)
-        self._pending.append(_Pending(chunk, buffer, ticket, rows))
+        self._pending.append(_Pending(chunk, buffer, ticket, rows, self._burst))
 
     def _allocate(self) -> None:
         if not self._pending:  # nothing allocated yet, or everything is free
@@ -269,7 +280,11 @@ class Stream:
 
     def _recycle(self, pending: _Pending) -> None:
         pending.ticket.settle()  # the device may still be writing into the buffer
+        self._landed(pending)
         self._free.append(pending.buffer)
+
+    def _landed(self, pending: _Pending) -> None:
+        self._burst += pending.burst == self._burst
 
     def release(self) -> None:
         """Give the ring's memory back; the next use takes it again."""

@@ -9,7 +9,8 @@ from helpers_flash import random_bytes
 from hypothesis import given, settings
 
 from hf_flash.errors import FlashConfigError
-from hf_flash.layout import ROW_ALIGN, BundleLayout, format_size, parse_size, round_up
+from hf_flash.layout import ROW_ALIGN, BundleLayout, format_size, parse_size
+from hf_flash.memory import round_up
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 

@@ -13,7 +13,8 @@ from helpers_flash import FakeReader, random_bytes
 from hypothesis import given, settings
 
 from hf_flash.errors import ReadError
-from hf_flash.layout import DATA_ALIGN, round_up
+from hf_flash.layout import DATA_ALIGN
+from hf_flash.memory import round_up
 from hf_flash.readers import Read, Reader, ThreadReader, UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D

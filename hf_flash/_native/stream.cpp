@@ -5,6 +5,7 @@
 // Whoever calls holds the stream's lock.
 #include <pthread.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -22,7 +23,7 @@ struct Slot {  // one buffer
   void *batch;  // null: nothing is under way
   int64_t unit, row, n;
   int64_t taken;  // whoever called is using it
-  int64_t bytes;
+  int64_t bytes, burst;
   double begun;
 };
 
@@ -45,6 +46,7 @@ struct Stream {
   int64_t n_slots;
   int64_t *line, n_line;  // slots with reads under way, in the order in which they will be asked for
   int64_t last;           // the unit that was asked for last, -1 before the first
+  int64_t n_burst, burst;  // reads that are started together; number of the burst of which nothing has landed yet
   void *failed;           // what was being read when a call returned FAILED
   Counters counters;
   Log *log;  // null: nobody wants to know
@@ -72,7 +74,6 @@ namespace {
 enum { WAIT = 0, SUBMIT = 1, READ = 2, ARITHMETIC = 3, STREAM = 4 };
 
 constexpr int64_t ALIGN = 4096;
-constexpr int64_t RESERVE = 1;  // buffers that stay free while the caller waits: filled as soon as something has landed
 
 void note(Stream *s, int64_t kind, int64_t unit, double start, int64_t bytes = 0) {
   if (s->log && s->log->n < s->log->most)
@@ -116,7 +117,7 @@ void schedule(Stream *s, int64_t unit, int64_t row) {
   const int64_t first[2] = {0, 1};
   const uint64_t address = reinterpret_cast<uint64_t>(slot->memory);
   slot->begun = now();
-  slot->unit = unit, slot->row = row, slot->n = n, slot->bytes = length;
+  slot->unit = unit, slot->row = row, slot->n = n, slot->bytes = length, slot->burst = s->burst;
   slot->rows = slot->memory + (begin - aligned);
   slot->batch = hf_flash_ring_submit(s->ring, 1, &fd, &aligned, &need, first, &address, &length);
   s->line[s->n_line++] = slot - s->slots;
@@ -124,13 +125,19 @@ void schedule(Stream *s, int64_t unit, int64_t row) {
   note(s, SUBMIT, unit, slot->begun, length);
 }
 
-void refill(Stream *s, int64_t reserve) {
-  for (int64_t n = n_free(s); s->n_line && n > reserve; n--) {
+// Start up to n reads behind those under way, as far as buffers are free.
+void read_ahead(Stream *s, int64_t n) {
+  for (n = std::min(n, n_free(s)); n > 0; n--) {
     const Slot &last = s->slots[s->line[s->n_line - 1]];
     int64_t unit = last.unit, row = last.row;
     if (!following(s, &unit, &row)) return;
     schedule(s, unit, row);
   }
+}
+
+// The next burst, once the one before has begun to land.
+void refill(Stream *s) {
+  if (s->n_line && s->slots[s->line[s->n_line - 1]].burst != s->burst) read_ahead(s, s->n_burst);
 }
 
 Slot *front(Stream *s) { return s->slots + s->line[0]; }
@@ -146,6 +153,7 @@ void leave_line(Stream *s) {
 int drop_front(Stream *s) {
   void *batch = front(s)->batch;
   if (s->ring && hf_flash_batch_wait(s->ring, batch) == SIGNAL) return SIGNAL;
+  s->burst += front(s)->burst == s->burst;
   leave_line(s);
   hf_flash_batch_free(batch);
   return DONE;
@@ -167,25 +175,24 @@ int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
     if (drop_all(s) == SIGNAL) return SIGNAL;
     schedule(s, unit, row);
     if (!s->n_line) return NO_ROOM;
+    read_ahead(s, s->n_burst - 1);
   }
   while (!is(*front(s), unit, row))
     if (drop_front(s) == SIGNAL) return SIGNAL;
-  int64_t next = unit, at = row;
-  if (s->n_line == 1 && following(s, &next, &at)) schedule(s, next, at);
-  refill(s, RESERVE);
+  refill(s);
   const double waiting = now();
   void *batch = front(s)->batch;
   const int result = hf_flash_batch_wait(s->ring, batch);
   if (result != SIGNAL) {
+    s->burst += front(s)->burst == s->burst;
+    refill(s);
     *taken = front(s);
     leave_line(s);
     if (result == DONE) {
       hf_flash_batch_free(batch);
       (*taken)->taken = 1;
-      refill(s, 0);  // a device that shares its time ends all reads at once: it goes on at once, too
     } else {
       s->failed = batch;
-      refill(s, RESERVE);
     }
   }
   s->counters.wait_s += now() - waiting;
@@ -202,7 +209,7 @@ void comes(Stream *s, int64_t unit) {
 
 void give(Stream *s, Slot *slot) {
   slot->taken = 0;
-  if (s->ring) refill(s, RESERVE);
+  if (s->ring) refill(s);
 }
 
 void add(const Sum *f, const uint8_t *rows, int64_t number, int64_t n) {

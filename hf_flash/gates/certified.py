@@ -52,7 +52,7 @@ import torch
 
 from hf_flash import native, trace
 from hf_flash.gates.ago import NEVER, never, note
-from hf_flash.layout import round_up
+from hf_flash.memory import round_up
 from hf_flash.plan import IntArray
 
 GROUP = 64

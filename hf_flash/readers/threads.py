@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from hf_flash import trace
 from hf_flash.errors import CheckpointError, ReadError, ShortReadError
-from hf_flash.layout import round_up
+from hf_flash.memory import round_up
 from hf_flash.readers.base import Read, Reader, Ticket, early_end, failed_read
 
 logger = logging.get_logger(__name__)
