@@ -38,7 +38,7 @@ from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.loan import Loan
+from hf_flash.loan import AHEAD_TOKENS, Loan
 from hf_flash.memory import keep_few_kernels, return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
@@ -196,16 +196,20 @@ def demand_of(
     context = config.context or min(DEFAULT_CONTEXT, limit if limit > 0 else DEFAULT_CONTEXT)  # XLNet: -1
     tokens = context * config.batch_size
     layers = [_layer(model, block, geometry[block.path], config, size) for block in blocks]
-    widest = max(b.d_ffn for b in blocks)
-    d_model = max(b.d_model for b in blocks)
     vocab = getattr(text, "vocab_size", 0) or 0
-    activations = tokens * (8 * d_model + widest) * size + min(tokens, 256) * widest * 8
-    activations += 2 * config.batch_size * vocab * 4
     return Demand(
         fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
-        activation_bytes=activations, tokenizer_bytes=vocab * 300, max_tokens=tokens, context=context,
-        batch_size=config.batch_size,
+        activation_bytes=_activation_bytes(model, blocks, config.batch_size, tokens), tokenizer_bytes=vocab * 300,
+        max_tokens=tokens, context=context, batch_size=config.batch_size,
     )  # fmt: skip
+
+
+def _activation_bytes(model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int, n_tokens: int) -> int:
+    """What a pass over so many tokens takes besides weights and KV cache."""
+    vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0
+    d_model, widest = max(b.d_model for b in blocks), max(b.d_ffn for b in blocks)
+    wide = n_tokens * (8 * d_model + widest) * model.dtype.itemsize + min(n_tokens, 256) * widest * 8
+    return wide + 2 * batch_size * vocab * 4
 
 
 def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashConfig, size: int) -> Layer:
@@ -425,7 +429,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         elif isinstance(module, FlashEmbedding):
             module.connect(reader, *_extent_of(path, runtime), stats)
     engines = [m.engine for m in model.modules() if isinstance(m, FlashFFN)]
-    runtime.balances = _share_slots(engines, plan.parts["KV cache"]) if keeps else []
+    runtime.balances = _share_slots(engines, _lendable(plan)) if keeps else []
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
         begins.on_pass = [balance.pass_begins for balance in runtime.balances]
@@ -447,16 +451,25 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
 
 
 def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime) -> None:
-    """Let KV caches grow in place, and slots have the memory that they do not fill yet."""
+    """Let KV caches grow in place, and slots have the memory that they and a pass's activations do not fill."""
     plan = runtime.plan
     token_bytes = plan.parts["KV cache"] // plan.max_tokens
-    loan = Loan(runtime.balances, plan.parts["KV cache"], token_bytes)
+    loan = Loan(runtime.balances, _lendable(plan), token_bytes)
+
+    def tell(filled: int | None, n_tokens: int) -> None:
+        wide = _activation_bytes(model, runtime.blocks, plan.batch_size, max(n_tokens, AHEAD_TOKENS))
+        loan.told(None if filled is None else filled + wide)
+
     lends = runtime.balances and not model.config.is_encoder_decoder
-    kv.install(model, plan.max_tokens, token_bytes, loan.told if lends else None)
+    kv.install(model, plan.max_tokens, token_bytes, tell if lends else None)
 
 
-def _share_slots(engines: Sequence[Engine | None], kv_bytes: int) -> list[Balance]:
-    """One memory of slots for all layers whose rows have one size, with room for what the KV cache lends."""
+def _lendable(plan: Plan) -> int:
+    return plan.parts["KV cache"] + plan.parts["activations"]
+
+
+def _share_slots(engines: Sequence[Engine | None], lendable: int) -> list[Balance]:
+    """One memory of slots for all layers whose rows have one size, with room for what is lent to them."""
     sizes: dict[int, list[SparseEngine]] = {}
     for engine in engines:
         if isinstance(engine, SparseEngine):
@@ -464,7 +477,7 @@ def _share_slots(engines: Sequence[Engine | None], kv_bytes: int) -> list[Balanc
     balances = []
     for row_bytes, some in sizes.items():
         absent = sum(engine.layer.n_neurons - engine.cache.n_slots for engine in some)
-        balances.append(Balance(some, [engine.cache.n_slots for engine in some], min(absent, kv_bytes // row_bytes)))
+        balances.append(Balance(some, [engine.cache.n_slots for engine in some], min(absent, lendable // row_bytes)))
     return balances
 
 

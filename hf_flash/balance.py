@@ -110,13 +110,14 @@ class Balance:
                 self._next = self._n_passes + min(self._n_passes, EVERY_PASSES)
 
     def lend(self, n: int) -> None:
-        """Let the layers have n slots besides their own, more or fewer than they have so far.
+        """Let the layers have n slots besides their own, more or fewer than they have so far; `n_more` at most.
 
         The slots that they lose go with what they hold, and their memory back to the system, before this returns.
 
         Raises:
             ReadError: an earlier read failed.
         """
+        n = min(n, self._n_more)  # there are no others, nor neurons for them
         with self._lock:
             if n < self.n_lent:
                 self._withdraw(self.n_own + n)

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_flash.memory import untouched
 
+Tell = Callable[[int | None, int], None]
 PAGE_TOKENS = 64  # of a head in a page, or fewer: each head begins a page of its own
 
 
@@ -88,10 +89,11 @@ class Watch:
 
     Args:
         n_tokens: of all sequences together, that memory was planned for. token_bytes: keys and values of one.
-        tell: called with the bytes that will be filled when the pass is done, or with None where nobody can say.
+        tell: called with the bytes that will be filled when the passes under way are done, or with None where nobody
+            can say, and the tokens of those passes.
     """
 
-    def __init__(self, n_tokens: int, token_bytes: int, tell: Callable[[int | None], None] | None = None) -> None:
+    def __init__(self, n_tokens: int, token_bytes: int, tell: Tell | None = None) -> None:
         self._n_tokens, self._token_bytes, self._tell = n_tokens, token_bytes, tell
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._passes: dict[int, _Pass | None] = {}  # under way, by thread; None: what it fills cannot be known
@@ -104,7 +106,8 @@ class Watch:
             self._adopt(cache)
             if self._tell is not None:
                 self._passes[threading.get_ident()] = _pass_of(cache, args, kwargs)
-                self._tell(self._bytes_after())  # with the lock held: what is told later was found later
+                n_tokens = sum(one.n_tokens for one in self._passes.values() if one is not None)
+                self._tell(self._bytes_after(), n_tokens)  # with the lock held: what is told later was found later
 
     def _bytes_after(self) -> int | None:
         """Bytes of all caches when the passes that are under way are done."""
@@ -141,9 +144,7 @@ class Watch:
         return self
 
 
-def install(
-    model: nn.Module, n_tokens: int, token_bytes: int = 0, tell: Callable[[int | None], None] | None = None
-) -> None:
+def install(model: nn.Module, n_tokens: int, token_bytes: int = 0, tell: Tell | None = None) -> None:
     """Let every DynamicCache that a model is called with grow in place; arguments as of `Watch`."""
     watch = Watch(n_tokens, token_bytes, tell)
     model.register_forward_pre_hook(watch.begins, with_kwargs=True)

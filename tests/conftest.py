@@ -99,6 +99,13 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def activations_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped model's activations are planned larger than its FFNs: with them lent nothing would be read again."""
+    if request.node.get_closest_marker("lends") is None:
+        monkeypatch.setattr(attach, "_lendable", lambda plan: plan.parts["KV cache"])
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Toy matrices on several threads mostly wait for each other; scripts that set a number do not keep it."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import hf_flash
-from hf_flash import kv, loan
+from hf_flash import attach, kv, loan
 from hf_flash.loan import Loan
 from hf_flash.memory import HUGE_BYTES
 
@@ -68,6 +68,12 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture
+def kv_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped model's activations are larger than what its layers do not have."""
+    monkeypatch.setattr(attach, "_activation_bytes", lambda *of: 0)
+
+
 def opened(flash_folder: Path, cap: int, **options: Any) -> Any:
     config = hf_flash.FlashConfig(memory=cap, context=256, gate="certified", **options)
     return AutoModelForCausalLM.from_pretrained(flash_folder, quantization_config=config)
@@ -79,7 +85,7 @@ def lent(model: Any) -> int:
 
 def test_it_is_lent_and_taken_back_as_tokens_come(
     flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
-    monkeypatch: pytest.MonkeyPatch,
+    kv_alone: None, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     seen: list[tuple[int, int]] = []
     true = Loan.told
@@ -108,8 +114,50 @@ def filled_cache(model: Any, ids: torch.Tensor) -> Any:
     return out.past_key_values
 
 
+@pytest.mark.lends
+def test_a_long_pass_has_its_activations_back(
+    flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    seen: list[int] = []
+    true = Loan.told
+
+    def told(self: Loan, filled: int | None) -> None:
+        true(self, filled)
+        seen.append(lent(model))
+
+    monkeypatch.setattr(Loan, "told", told)
+    model = opened(flash_folder, cap_for("certified", "least"))
+    plan = model._hf_flash.plan
+    ids = torch.randint(5, 1000, (1, 200), generator=torch.Generator().manual_seed(0))
+    want = dense.generate(ids, max_new_tokens=30, min_new_tokens=30, do_sample=False)
+    for _ in range(2):
+        seen.clear()
+        assert torch.equal(model.generate(ids, max_new_tokens=30, min_new_tokens=30, do_sample=False), want)
+        assert seen[0] <= plan.parts["KV cache"] + plan.parts["activations"] * 56 // 256
+        assert min(seen[1:]) > seen[0] and min(seen[1:]) > plan.parts["KV cache"]
+
+
+@pytest.mark.lends
+def test_no_more_is_lent_than_there_is_room_for(
+    flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None
+) -> None:
+    model = opened(flash_folder, cap_for("certified", "half"))
+    ids = torch.arange(5, 12)[None]
+    want = dense.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False), want)
+    for balance in model._hf_flash.balances:
+        caches = [engine.cache for engine in balance._engines]
+        assert balance.n_lent > 0 and all(cache.n_slots <= cache.layer.n_neurons for cache in caches)
+        assert max(int(cache._owned[: cache.n_slots].max()) for cache in caches) < len(balance._slots.rows)
+        lent_bytes, parts = balance.n_lent * balance.row_bytes, model._hf_flash.plan.parts
+        assert lent_bytes < parts["KV cache"] + parts["activations"] - (1 << 20), (
+            "more could be lent than there is room for"
+        )
+
+
 def test_every_cache_that_lives_counts(
-    flash_folder: Path, cap_for: Callable[[str, str], int], small_steps: None
+    flash_folder: Path, cap_for: Callable[[str, str], int], small_steps: None, kv_alone: None
 ) -> None:
     model = opened(flash_folder, cap_for("certified", "half"))
     ids = torch.arange(5, 65)[None]
@@ -136,7 +184,13 @@ def test_every_cache_that_lives_counts(
 
 def test_what_another_thread_is_about_to_fill_counts() -> None:
     told: list[int | None] = []
-    watch = kv.Watch(1000, 256, told.append)
+    tokens: list[int] = []
+
+    def tell(filled: int | None, n_tokens: int) -> None:
+        told.append(filled)
+        tokens.append(n_tokens)
+
+    watch = kv.Watch(1000, 256, tell)
     long, short = DynamicCache(), DynamicCache()
 
     def begin(n: int, cache: Any) -> None:
@@ -149,6 +203,7 @@ def test_what_another_thread_is_about_to_fill_counts() -> None:
     other.join()
     begin(1, short)  # the other pass has not written a token yet
     assert alone is not None and told[-1] is not None and told[-1] >= alone + 900 * 256
+    assert tokens == [1, 900 + 1, 900 + 1]
     del long  # its thread gave up
     begin(1, short)
     assert told[-1] == alone
