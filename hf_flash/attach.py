@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +199,17 @@ def demand_of(
     vocab = getattr(text, "vocab_size", 0) or 0
     return Demand(
         fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
-        activation_bytes=_activation_bytes(model, blocks, config.batch_size, tokens), tokenizer_bytes=vocab * 300,
+        activation_bytes=_activations(model, blocks, config.batch_size)(tokens), tokenizer_bytes=vocab * 300,
         max_tokens=tokens, context=context, batch_size=config.batch_size,
     )  # fmt: skip
 
 
-def _activation_bytes(model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int, n_tokens: int) -> int:
-    """What a pass over so many tokens takes besides weights and KV cache."""
+def _activations(model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int) -> Callable[[int], int]:
+    """What a pass takes besides weights and KV cache: bytes by its number of tokens."""
     vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0
-    d_model, widest = max(b.d_model for b in blocks), max(b.d_ffn for b in blocks)
-    wide = n_tokens * (8 * d_model + widest) * model.dtype.itemsize + min(n_tokens, 256) * widest * 8
-    return wide + 2 * batch_size * vocab * 4
+    widest, logits = max(b.d_ffn for b in blocks), 2 * batch_size * vocab * 4
+    per_token = (8 * max(b.d_model for b in blocks) + widest) * model.dtype.itemsize
+    return lambda n_tokens: n_tokens * per_token + min(n_tokens, 256) * widest * 8 + logits
 
 
 def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashConfig, size: int) -> Layer:
@@ -455,10 +455,10 @@ def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     plan = runtime.plan
     token_bytes = plan.parts["KV cache"] // plan.max_tokens
     loan = Loan(runtime.balances, _lendable(plan), token_bytes)
+    activations = _activations(model, runtime.blocks, plan.batch_size)
 
     def tell(filled: int | None, n_tokens: int) -> None:
-        wide = _activation_bytes(model, runtime.blocks, plan.batch_size, max(n_tokens, AHEAD_TOKENS))
-        loan.told(None if filled is None else filled + wide)
+        loan.told(None if filled is None else filled + activations(max(n_tokens, AHEAD_TOKENS)))
 
     lends = runtime.balances and not model.config.is_encoder_decoder
     kv.install(model, plan.max_tokens, token_bytes, tell if lends else None)

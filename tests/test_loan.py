@@ -71,7 +71,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def kv_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped model's activations are larger than what its layers do not have."""
-    monkeypatch.setattr(attach, "_activation_bytes", lambda *of: 0)
+    monkeypatch.setattr(attach, "_activations", lambda *of: lambda n_tokens: 0)
 
 
 def opened(flash_folder: Path, cap: int, **options: Any) -> Any:
