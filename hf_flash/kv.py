@@ -55,6 +55,16 @@ class GrowingLayer(DynamicLayer):
         self.values = _append(self._rooms[1], self.values, value_states)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Put the sequences in another order, where they lie: no plan has room for a copy of every layer."""
+        rooms, held = self._rooms, (self.keys, self.values) if self.is_initialized else ()
+        if rooms is None or not all(_can_reorder(room, t, len(beam_idx)) for room, t in zip(rooms, held, strict=False)):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+            return
+        for t in held:
+            assert t is not None
+            t.copy_(t.index_select(0, beam_idx.to(t.device)))
+
     def reset(self) -> None:
         """Forget all tokens."""
         self._rooms = None
@@ -204,6 +214,13 @@ def _begins(room: torch.Tensor, held: torch.Tensor, n_held: int) -> bool:
         return True
     same_rows = (held.stride(), held.shape[:2], held.shape[3]) == (room.stride(), room.shape[:2], room.shape[3])
     return same_rows and held.data_ptr() == room.data_ptr()
+
+
+def _can_reorder(room: torch.Tensor, held: torch.Tensor | None, n_sequences: int) -> bool:
+    """Whether what is held lies in the room, and can be written to."""
+    if held is None or not held.numel() or len(held) != n_sequences or held.requires_grad:
+        return False
+    return _begins(room, held, held.shape[-2]) and (torch.is_inference_mode_enabled() or not held.is_inference())
 
 
 def _append(room: torch.Tensor, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -88,6 +88,24 @@ def test_tokens_are_written_where_they_stay() -> None:
     assert layer.keys.data_ptr() == grown, "twice the room, so that it is copied seldom"
 
 
+def test_beams_are_reordered_where_they_lie() -> None:
+    layer, stock = growing(256), DynamicLayer()
+    for one in (layer, stock):
+        one.update(rows(3, 9, 0), rows(3, 9, 1))
+        one.update(rows(3, 1, 2), rows(3, 1, 3))
+    before = layer.keys.data_ptr(), layer.values.data_ptr()
+    for order in ([2, 0, 0], [1, 1, 2]):
+        for one in (layer, stock):
+            one.reorder_cache(torch.tensor(order))
+            one.update(rows(3, 1, 4), rows(3, 1, 5))
+        assert torch.equal(layer.keys, stock.keys) and torch.equal(layer.values, stock.values)
+        assert (layer.keys.data_ptr(), layer.values.data_ptr()) == before
+    for one in (layer, stock):
+        one.reorder_cache(torch.tensor([1, 0]))  # fewer of them
+        one.update(rows(2, 1, 6), rows(2, 1, 7))
+    assert torch.equal(layer.keys, stock.keys) and torch.equal(layer.values, stock.values)
+
+
 def test_what_is_reserved_takes_no_memory_before_it_is_written() -> None:
     if not memory_in_use():
         pytest.skip("no /proc/self/statm")
