@@ -74,7 +74,7 @@ def discard(tensor: torch.Tensor) -> None:
 
 
 def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
-    """One piece of `aligned_empty` memory in page-aligned parts, all of it in huge pages where it fills some.
+    """One piece of `aligned_empty` memory in page-aligned parts, all of it in huge pages where it fills several.
 
     Returns:
         A [size] uint8 tensor per size.
@@ -89,7 +89,7 @@ def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
 def shared_bytes(sizes: Sequence[int]) -> int:
     """DRAM that `shares` takes."""
     n_bytes = sum(round_up(size, mmap.PAGESIZE) for size in sizes)
-    return round_up(n_bytes, HUGE_BYTES) if n_bytes >= HUGE_BYTES else n_bytes
+    return round_up(n_bytes, HUGE_BYTES) if n_bytes >= 8 * HUGE_BYTES else n_bytes
 
 
 def view_bytes(tensor: torch.Tensor) -> memoryview:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import hf_flash
-from hf_flash import FlashConfig, ladder
+from hf_flash import FlashConfig, budget, ladder
 from hf_flash.cache import NeuronCache
 from hf_flash.cli import app
 from hf_flash.errors import FlashConfigError, FlashError, MemoryCapError
@@ -75,7 +75,9 @@ def test_rungs_that_save_nothing_are_left_out_and_said(tmp_path: Path) -> None:
     found = climbed(hf_flash.repack(stock, tmp_path / "flash", progress=False))
     assert [row.name for row in found.rows] == ["naive", "half resident", "+ overlap"]
     assert "every token needs every neuron" in found.left_out
-    assert found.rows[1].bytes_per_token == found.rows[2].bytes_per_token
+    half, overlap = found.rows[1:]
+    ahead = budget.N_BUFFERS * budget.MIN_CHUNK_BYTES  # what is under way as the count begins and as it ends differs
+    assert abs(half.bytes_per_token - overlap.bytes_per_token) * half.n_tokens <= ahead
 
 
 def test_different_answers_are_no_table(relu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
