@@ -191,12 +191,11 @@ def demand_of(
     fixed = sum(p.numel() * p.element_size() for n, p in unique_parameters(model) if n not in elsewhere) + sum(
         b.numel() * b.element_size() for b in model.buffers()
     )
-    text = model.config.get_text_config(decoder=True)
+    text, vocab = model.config.get_text_config(decoder=True), _vocab_size(model)
     limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
     context = config.context or min(DEFAULT_CONTEXT, limit if limit > 0 else DEFAULT_CONTEXT)  # XLNet: -1
     tokens = context * config.batch_size
     layers = [_layer(model, block, geometry[block.path], config, size) for block in blocks]
-    vocab = getattr(text, "vocab_size", 0) or 0
     return Demand(
         fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
         activation_bytes=_activations(model, blocks, config.batch_size)(tokens), tokenizer_bytes=vocab * 300,
@@ -204,10 +203,13 @@ def demand_of(
     )  # fmt: skip
 
 
+def _vocab_size(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0
+
+
 def _activations(model: PreTrainedModel, blocks: list[FFNBlock], batch_size: int) -> Callable[[int], int]:
     """What a pass takes besides weights and KV cache: bytes by its number of tokens."""
-    vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 0) or 0
-    widest, logits = max(b.d_ffn for b in blocks), 2 * batch_size * vocab * 4
+    widest, logits = max(b.d_ffn for b in blocks), 2 * batch_size * _vocab_size(model) * 4
     per_token = (8 * max(b.d_model for b in blocks) + widest) * model.dtype.itemsize
     return lambda n_tokens: n_tokens * per_token + min(n_tokens, 256) * widest * 8 + logits
 

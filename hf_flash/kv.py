@@ -57,13 +57,13 @@ class GrowingLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the sequences in another order, where they lie: no plan has room for a copy of every layer."""
-        rooms, held = self._rooms, (self.keys, self.values) if self.is_initialized else ()
-        if rooms is None or not all(_can_reorder(room, t, len(beam_idx)) for room, t in zip(rooms, held, strict=False)):
+        rooms, keys, values, n = self._rooms, self.keys, self.values, len(beam_idx)
+        lie = rooms is not None and _can_reorder(rooms[0], keys, n) and _can_reorder(rooms[1], values, n)
+        if keys is None or values is None or not lie:
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
             return
-        for t in held:
-            assert t is not None
-            t.copy_(t.index_select(0, beam_idx.to(t.device)))
+        for held in (keys, values):
+            held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -67,7 +67,7 @@ def discard(tensor: torch.Tensor) -> None:
     Args:
         tensor: contiguous uint8 of `aligned_empty` or `untouched`.
     """
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    start = round_up(tensor.data_ptr(), mmap.PAGESIZE)
     n_bytes = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if n_bytes > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)

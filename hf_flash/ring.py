@@ -48,8 +48,7 @@ class _Slot(ctypes.Structure):
 class _Ring(ctypes.Structure):
     _fields_ = [
         ("ring", _P), ("units", _P), ("n_units", _I), ("slots", _P), ("n_slots", _I), ("line", _P), ("n_line", _I),
-        ("last", _I), ("n_burst", _I), ("burst", _I),
-        ("failed", _P), ("counters", Counters), ("log", _P),
+        ("last", _I), ("n_burst", _I), ("burst", _I), ("failed", _P), ("counters", Counters), ("log", _P),
     ]  # fmt: skip
 
 

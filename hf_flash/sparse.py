@@ -15,6 +15,7 @@ from hf_flash import native, ops, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.gates import CertifiedGate, Gate, ThresholdGate
+from hf_flash.memory import round_up
 from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
@@ -216,7 +217,7 @@ class SparseEngine(Engine):
         """
         n = up.shape[0]
         step = -(-self._batch_rows // N_WIDTHS)
-        more = min(-(-n // step) * step, self._batch_rows) - n
+        more = min(round_up(n, step), self._batch_rows) - n
         if more <= 0:
             return ops.hidden(flat, up, act, gate, up_bias, gate_bias)
         gate = None if gate is None else _with_more(gate, more)

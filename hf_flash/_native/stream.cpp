@@ -142,6 +142,8 @@ void refill(Stream *s) {
 
 Slot *front(Stream *s) { return s->slots + s->line[0]; }
 
+void landed(Stream *s) { s->burst += front(s)->burst == s->burst; }  // the first of the line, whatever became of it
+
 void leave_line(Stream *s) {
   note(s, READ, front(s)->unit, front(s)->begun, front(s)->bytes);
   front(s)->batch = nullptr;
@@ -153,7 +155,7 @@ void leave_line(Stream *s) {
 int drop_front(Stream *s) {
   void *batch = front(s)->batch;
   if (s->ring && hf_flash_batch_wait(s->ring, batch) == SIGNAL) return SIGNAL;
-  s->burst += front(s)->burst == s->burst;
+  landed(s);
   leave_line(s);
   hf_flash_batch_free(batch);
   return DONE;
@@ -184,7 +186,7 @@ int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
   void *batch = front(s)->batch;
   const int result = hf_flash_batch_wait(s->ring, batch);
   if (result != SIGNAL) {
-    s->burst += front(s)->burst == s->burst;
+    landed(s);
     refill(s);
     *taken = front(s);
     leave_line(s);
