@@ -25,7 +25,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 5
+ABI = 6
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -124,6 +124,9 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_stream_give.argtypes = [_P, _I]
     lib.hf_flash_stream_drop.restype = _N
     lib.hf_flash_stream_drop.argtypes = [_P]
+    for watch in (lib.hf_flash_stream_watch, lib.hf_flash_stream_unwatch):
+        watch.restype = None
+        watch.argtypes = [_P]
     lib.hf_flash_sum_add.restype = None
     lib.hf_flash_sum_add.argtypes = [_P, _P, _I, _I]
     lib.hf_flash_stream_sum.restype = _N

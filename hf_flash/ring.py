@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 
@@ -49,6 +49,7 @@ class _Ring(ctypes.Structure):
     _fields_ = [
         ("ring", _P), ("units", _P), ("n_units", _I), ("slots", _P), ("n_slots", _I), ("line", _P), ("n_line", _I),
         ("last", _I), ("n_burst", _I), ("burst", _I), ("failed", _P), ("counters", Counters), ("log", _P),
+        ("helper", _P),
     ]  # fmt: skip
 
 
@@ -62,11 +63,12 @@ class NativeRing:
         n_buffers, buffer_bytes: of the ring. n_burst: reads that are started together.
         stats: where bytes and waits are counted.
         names: of the units, for a trace.
+        helped: whether a thread of the reader's starts bursts while callers compute.
     """
 
     def __init__(
         self, reader: UringReader, units: ctypes.Array[Unit], last: int, n_buffers: int, buffer_bytes: int,
-        n_burst: int, stats: FlashStats, names: Sequence[str],
+        n_burst: int, stats: FlashStats, names: Sequence[str], helped: bool = True,
     ) -> None:  # fmt: skip
         lib = native.library()
         assert lib is not None
@@ -89,6 +91,8 @@ class NativeRing:
         self._names = names
         self._sum = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P)(("hf_flash_stream_sum", lib))  # keeps no errno: quicker
         stats.count_in(self._s.counters)
+        self._helped = helped
+        self._watch()
 
     @staticmethod
     def can(reader: UringReader, files: Sequence[int]) -> bool:
@@ -138,11 +142,30 @@ class NativeRing:
         """The unit that was asked for last."""
         return self._s.last  # type: ignore[no-any-return]
 
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """A block in which nothing is read ahead: the table of units may be changed."""
+        self._lib.hf_flash_stream_unwatch(self._address)
+        try:
+            yield
+        finally:
+            self._watch()
+
+    def _watch(self) -> None:
+        self._s.ring = self._reader.ring
+        if self._helped:
+            self._lib.hf_flash_stream_watch(self._address)
+
     def forget(self, unit: int, n_rows: int) -> None:
         """Drop all reads if one is of the first rows of a unit."""
         line = [self._slots[i] for i in self._line[: self._s.n_line]]
         if any(slot.unit == unit and slot.row < n_rows for slot in line):
             self.drop()
+
+    def close(self) -> None:
+        """Wait for all reads and forget them, once and for all."""
+        self._lib.hf_flash_stream_unwatch(self._address)
+        self.drop()
 
     def drop(self) -> None:
         """Wait for all reads and forget them."""
@@ -185,8 +208,8 @@ class NativeRing:
             self._s.log = self._log.address
 
     def __del__(self) -> None:
-        landed = not hasattr(self, "_address")  # half made
+        landed = not hasattr(self, "_address") or self._reader.is_forked  # half made, or not ours
         while not landed:  # Ctrl-C is dropped in a finalizer anyway; the device may still be writing into the buffers
             with contextlib.suppress(KeyboardInterrupt):
-                self.drop()
+                self.close()
                 landed = True

@@ -55,11 +55,15 @@ class Stream:
         stats: where bytes and waits are counted.
         overlap: False to fill the ring, wait for all of it, and read on only when it is used up: to measure what the
             difference is.
+        helped: whether a thread of the reader's may start bursts while callers compute; without it what is read when
+            does not depend on time.
     """
 
     def __init__(
-        self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats, overlap: bool = True
-    ) -> None:
+        self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats, overlap: bool = True,
+        helped: bool = True,
+    ) -> None:  # fmt: skip
+        self._helped = helped
         self._reader, self._stats, self.chunk_bytes, self._overlap = reader, stats, chunk_bytes, overlap
         self._free: list[torch.Tensor] = []
         self._burst = 0  # number of the reads started together of which none has landed yet
@@ -106,7 +110,7 @@ class Stream:
 
     def pin_first(self, unit: int, n_rows: int) -> None:
         """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them now."""
-        with self.lock:
+        with self.lock, contextlib.nullcontext() if self._ring is None else self._ring.still():
             step = self.chunk_rows(unit)
             assert n_rows % step == 0 or n_rows == self._units[unit].n_rows
             if self._ring is not None:
@@ -179,7 +183,7 @@ class Stream:
                 row.fd = self._reader.fd(unit.file)
             self._ring = NativeRing(
                 self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._n_burst,
-                self._stats, [unit.name.removesuffix(".bundles") for unit in self._units],
+                self._stats, [unit.name.removesuffix(".bundles") for unit in self._units], self._helped,
             )  # fmt: skip
         return self._ring
 
@@ -290,7 +294,7 @@ class Stream:
         """Give the ring's memory back; the next use takes it again."""
         with self.lock:
             if self._ring is not None:
-                self._ring.drop()
+                self._ring.close()
                 self._last = self._ring.last
             self._drop_pending()
             self._ring, self._free = None, []

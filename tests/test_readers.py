@@ -7,6 +7,8 @@ import errno
 import itertools
 import mmap
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,3 +326,44 @@ def test_the_reader_of_a_name() -> None:
     assert isinstance(reader, Reader)
     reader.close()
     assert os.sysconf("SC_IOV_MAX") >= threads.IOV_MAX
+
+
+FORKED = """
+import os, sys
+from hf_flash.errors import ReadError
+from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.readers import Read, UringReader
+from hf_flash.stats import FlashStats
+from hf_flash.store import Extent2D
+from hf_flash.stream import Stream
+
+reader = UringReader(1)
+file = reader.open(sys.argv[1])
+stream = Stream(reader, 4096, 8, FlashStats())
+stream.add(Extent2D("rows", file, 0, 64, 4096))
+with stream.unit(0) as chunks:
+    next(chunks)
+child = os.fork()
+if child == 0:
+    try:
+        with stream.unit(0) as chunks:
+            list(chunks)
+    except ReadError as error:
+        assert "forked" in str(error)
+        sys.exit(7)  # as a program ends that has not heard of os._exit: every object is finalized
+    sys.exit(1)
+for _ in range(3):
+    with stream.unit(0) as chunks:
+        assert len(list(chunks)) == 64
+status = os.waitpid(child, 0)[1]
+assert os.waitstatus_to_exitcode(status) == 7, status
+"""
+
+
+def test_a_forked_process_leaves_the_ring_alone(tmp_path: Path) -> None:
+    """The ring's memory is shared with it: it says so instead of reading, and ends without waiting for reads."""
+    uring().close()
+    (tmp_path / "file").write_bytes(random_bytes((64 * 4096,)).numpy().tobytes())
+    command = [sys.executable, "-c", FORKED, str(tmp_path / "file")]
+    done = subprocess.run(command, check=False, timeout=120, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -1,8 +1,10 @@
 """The ring hands out the right rows whatever is asked of it, and in a steady order reads each chunk once a pass."""
 
+import os
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -37,10 +39,11 @@ class Ring:
     """A stream over units of a file of noise: n_rows, row_bytes and bytes left out before each."""
 
     def __init__(
-        self, file: Path, units: list[tuple[int, int, int]], chunk_bytes: int, n_buffers: int, reader: Reader
-    ) -> None:
+        self, file: Path, units: list[tuple[int, int, int]], chunk_bytes: int, n_buffers: int, reader: Reader,
+        helped: bool = True,
+    ) -> None:  # fmt: skip
         self.reader, self.stats = reader, FlashStats()
-        self.stream = Stream(reader, chunk_bytes, n_buffers, self.stats)
+        self.stream = Stream(reader, chunk_bytes, n_buffers, self.stats, helped=helped)
         handle, at, self.units = reader.open(file), 0, []
         for number, (n_rows, row_bytes, gap) in enumerate(units):
             at = (at + gap) % (SIZE - n_rows * row_bytes)
@@ -207,19 +210,11 @@ def under_way(stream: Stream) -> list[tuple[int, int]]:
     return [(slot.unit, slot.row) for slot in (stream._ring._slots[i] for i in stream._ring._line[: s.n_line])]
 
 
-STEPS = st.tuples(st.integers(0, 4), st.sampled_from(["use", "use", "use", "some", "none", "pin", "release"]))
-
-
-@settings(max_examples=150, deadline=None)
-@given(UNITS, st.fixed_dictionaries(SIZES), st.lists(STEPS, min_size=1, max_size=20))
-def test_the_native_ring_does_what_the_reference_does(
-    file: Path, uring: UringReader, units: list[tuple[int, int, int]], sizes: dict[str, int],
-    steps: list[tuple[int, str]],
-) -> None:  # fmt: skip
-    """Whatever is asked for, pinned and abandoned: the same rows, the same reads under way, the same counts."""
-    rings = [Ring(file, units, reader=reader, **sizes) for reader in (uring, FakeReader())]
+def walk(rings: list[Ring], steps: list[tuple[int, str]]) -> Iterator[None]:
+    """Use rings alike, pinning and abandoning; stops after each step."""
+    units = rings[0].units
     pins = [number % 3 * rings[0].stream.chunk_rows(number) for number in range(len(units))]
-    pins = [pin if pin < n_rows else n_rows for pin, (n_rows, _, _) in zip(pins, units, strict=True)]
+    pins = [min(pin, unit.n_rows) for pin, unit in zip(pins, units, strict=True)]
     for ring in rings:
         for unit, pin in enumerate(pins):
             ring.stream.announce_pin(unit, pin)
@@ -234,11 +229,70 @@ def test_the_native_ring_does_what_the_reference_does(
             else:
                 ring.use(unit, {"use": 1 << 30, "some": 2, "none": 0}[what], pinned[unit])
         pinned[unit] = pins[unit] if what == "pin" else pinned[unit]
+        yield
+
+
+STEPS = st.tuples(st.integers(0, 4), st.sampled_from(["use", "use", "use", "some", "none", "pin", "release"]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.lists(STEPS, min_size=1, max_size=20))
+def test_the_native_ring_does_what_the_reference_does(
+    file: Path, uring: UringReader, units: list[tuple[int, int, int]], sizes: dict[str, int],
+    steps: list[tuple[int, str]],
+) -> None:  # fmt: skip
+    """Whatever is asked for, pinned and abandoned: the same rows, the same reads under way, the same counts."""
+    rings = [Ring(file, units, reader=reader, helped=False, **sizes) for reader in (uring, FakeReader())]
+    for _ in walk(rings, steps):
         ours, theirs = (under_way(ring.stream) for ring in rings)
         assert ours == theirs
         ours, theirs = ((ring.stats.bytes_read, ring.stats.n_reads) for ring in rings)
         assert ours == theirs
     rings[0].stream.release()
+
+
+@settings(max_examples=150, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.lists(STEPS, min_size=1, max_size=20))
+def test_a_helped_ring_gives_the_right_rows(
+    file: Path, uring: UringReader, units: list[tuple[int, int, int]], sizes: dict[str, int],
+    steps: list[tuple[int, str]],
+) -> None:  # fmt: skip
+    """A thread that starts reads whenever it likes: `use` compares each row with the file, and no buffer gets lost."""
+    ring = Ring(file, units, reader=uring, **sizes)
+    for _ in walk([ring], steps):
+        if ring.stream._ring is not None:
+            with ring.stream._ring.still():
+                assert ring.is_whole()
+    ring.stream.release()
+
+
+def test_reads_are_started_while_the_caller_computes(file: Path, uring: UringReader) -> None:
+    """Who holds a chunk calls nothing; yet the ring fills up, as far as there are buffers."""
+    for helped, n_ahead in ((True, 7), (False, 5)):  # of eight buffers: two bursts of three, less the one that is held
+        ring = Ring(file, [(40, 4096, 0)], 4096, 8, uring, helped=helped)
+        with ring.stream.unit(0) as chunks:
+            next(chunks)
+            until = time.monotonic() + (10 if helped else 0.3)
+            while (n := len(under_way(ring.stream))) < n_ahead + (not helped) and time.monotonic() < until:
+                time.sleep(0.01)
+        assert n == n_ahead
+        ring.use(0)
+        ring.stream.release()
+
+
+def test_the_rings_thread_ends_with_its_reader(file: Path, uring: UringReader) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    for _ in range(3):
+        reader = UringReader(n_threads=1)
+        rings = [Ring(file, [(40, 4096, 0)], 4096, 8, reader) for _ in range(2)]
+        for ring in rings:
+            ring.use(0, n_chunks=2)
+        rings[0].stream.release()
+        rings[1].use(0)
+        assert len(os.listdir("/proc/self/task")) > before
+        reader.close()
+        rings[1].stream.release()
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_a_failed_read_of_the_native_ring(file: Path, uring: UringReader) -> None:

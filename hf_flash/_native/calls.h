@@ -22,6 +22,9 @@ void *hf_flash_ring_submit_rows(void *ring, void *batch, int fd, int64_t start, 
                                 int64_t n, uint64_t base, const int64_t *slots, int64_t max_gap, int64_t max_rows,
                                 uint64_t sink, int64_t *n_bytes, int64_t *n_reads);
 int hf_flash_batch_wait(void *ring, void *batch);
+int hf_flash_batch_ready(void *ring, void *batch);
+void *hf_flash_ring_watch(void *ring, void (*call)(void *), void *who);
+void hf_flash_ring_unwatch(void *watch, void *who);
 void hf_flash_batch_free(void *batch);
 int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
                             const int64_t *slots, int64_t n, const float *gate_bias, const float *up_bias, int gated,

@@ -2,12 +2,14 @@
 //
 // stream.py does the same for every reader and is the reference: which chunk follows which, when a read is started, what
 // is dropped. Here all of the ring's state lives in the structs below, so a signal between two lines of Python loses nothing.
-// Whoever calls holds the stream's lock.
+// Whoever calls holds the stream's lock. While a caller computes, a thread of the ring (uring.cpp) starts the next burst;
+// what both look at is theirs by `Helper::mutex`.
 #include <pthread.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 
 #include "calls.h"
 
@@ -50,6 +52,7 @@ struct Stream {
   void *failed;           // what was being read when a call returned FAILED
   Counters counters;
   Log *log;  // null: nobody wants to know
+  void *helper;  // null: the next burst is started by whoever takes a chunk
 };
 
 struct Sum {  // packed_sum.py
@@ -74,6 +77,15 @@ namespace {
 enum { WAIT = 0, SUBMIT = 1, READ = 2, ARITHMETIC = 3, STREAM = 4 };
 
 constexpr int64_t ALIGN = 4096;
+
+struct Helper {
+  std::mutex mutex;
+  void *watch = nullptr;
+};
+
+using Hold = std::unique_lock<std::mutex>;
+
+Hold hold(const Stream *s) { return s->helper ? Hold(static_cast<Helper *>(s->helper)->mutex) : Hold(); }
 
 void note(Stream *s, int64_t kind, int64_t unit, double start, int64_t bytes = 0) {
   if (s->log && s->log->n < s->log->most)
@@ -105,7 +117,8 @@ bool following(const Stream *s, int64_t *unit, int64_t *row) {
   return false;
 }
 
-void schedule(Stream *s, int64_t unit, int64_t row) {
+// noted: by a caller, whose the log is, and not by the ring's thread.
+void schedule(Stream *s, int64_t unit, int64_t row, bool noted = true) {
   Slot *slot = free_slot(s);
   if (!slot) return;
   Unit &u = s->units[unit];
@@ -122,16 +135,16 @@ void schedule(Stream *s, int64_t unit, int64_t row) {
   slot->batch = hf_flash_ring_submit(s->ring, 1, &fd, &aligned, &need, first, &address, &length);
   s->line[s->n_line++] = slot - s->slots;
   s->counters.bytes_read += length, s->counters.n_reads++;
-  note(s, SUBMIT, unit, slot->begun, length);
+  if (noted) note(s, SUBMIT, unit, slot->begun, length);
 }
 
 // Start up to n reads behind those under way, as far as buffers are free.
-void read_ahead(Stream *s, int64_t n) {
+void read_ahead(Stream *s, int64_t n, bool noted = true) {
   for (n = std::min(n, n_free(s)); n > 0; n--) {
     const Slot &last = s->slots[s->line[s->n_line - 1]];
     int64_t unit = last.unit, row = last.row;
     if (!following(s, &unit, &row)) return;
-    schedule(s, unit, row);
+    schedule(s, unit, row, noted);
   }
 }
 
@@ -141,6 +154,18 @@ void refill(Stream *s) {
 }
 
 Slot *front(Stream *s) { return s->slots + s->line[0]; }
+
+// Called by the ring's thread: start the next burst, though nobody waits yet.
+void landed_meanwhile(void *stream) {
+  Stream *s = static_cast<Stream *>(stream);
+  const Hold held = hold(s);
+  for (int64_t i = 0; i < s->n_line; i++) {
+    const Slot &slot = s->slots[s->line[i]];
+    if (slot.burst < s->burst) continue;
+    if (hf_flash_batch_ready(s->ring, slot.batch)) s->burst++, read_ahead(s, s->n_burst, false);
+    return;
+  }
+}
 
 void landed(Stream *s) { s->burst += front(s)->burst == s->burst; }  // the first of the line, whatever became of it
 
@@ -171,6 +196,7 @@ bool is(const Slot &slot, int64_t unit, int64_t row) { return slot.unit == unit 
 
 // The chunk's rows, landed, in *taken, with reads of what follows under way. After SIGNAL call it again.
 int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
+  Hold held = hold(s);
   bool there = false;
   for (int64_t i = 0; i < s->n_line; i++) there = there || is(s->slots[s->line[i]], unit, row);
   if (!there) {
@@ -184,7 +210,9 @@ int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
   refill(s);
   const double waiting = now();
   void *batch = front(s)->batch;
+  if (held) held.unlock();
   const int result = hf_flash_batch_wait(s->ring, batch);
+  if (held.mutex()) held.lock();
   if (result != SIGNAL) {
     landed(s);
     refill(s);
@@ -204,12 +232,14 @@ int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
 
 // Learn that a unit follows the one before.
 void comes(Stream *s, int64_t unit) {
+  const Hold held = hold(s);
   if (s->units[unit].next < 0) return;
   if (s->last >= 0 && s->units[s->last].next >= 0) s->units[s->last].next = unit;
   s->last = unit;
 }
 
 void give(Stream *s, Slot *slot) {
+  const Hold held = hold(s);
   slot->taken = 0;
   if (s->ring) refill(s);
 }
@@ -261,7 +291,28 @@ int hf_flash_stream_take(Stream *s, int64_t unit, int64_t row, int64_t *slot) {
 void hf_flash_stream_give(Stream *s, int64_t slot) { give(s, s->slots + slot); }
 
 // Wait for all reads and forget them. 0, or 2: a signal came, call again.
-int hf_flash_stream_drop(Stream *s) { return drop_all(s); }
+int hf_flash_stream_drop(Stream *s) {
+  const Hold held = hold(s);
+  return drop_all(s);
+}
+
+// Let the ring's thread start bursts from now on, if it has one.
+void hf_flash_stream_watch(Stream *s) {
+  if (s->helper || !s->ring) return;
+  Helper *helper = new Helper;
+  s->helper = helper;  // before it is watched: whoever is called looks there
+  helper->watch = hf_flash_ring_watch(s->ring, landed_meanwhile, s);
+  if (!helper->watch) s->helper = nullptr, delete helper;
+}
+
+// Returns once that thread has left the stream alone, for good.
+void hf_flash_stream_unwatch(Stream *s) {
+  Helper *helper = static_cast<Helper *>(s->helper);
+  if (!helper) return;
+  hf_flash_ring_unwatch(helper->watch, s);
+  s->helper = nullptr;
+  delete helper;
+}
 
 // Add neurons `number` .. `number + n`, which lie at `rows`. Those of 0 come first, those that end at `n` last.
 void hf_flash_sum_add(const Sum *f, const uint8_t *rows, int64_t number, int64_t n) { add(f, rows, number, n); }

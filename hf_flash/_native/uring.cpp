@@ -8,6 +8,9 @@
 //
 // Several threads share a ring, so it is set up without SINGLE_ISSUER and DEFER_TASKRUN, and without COOP_TASKRUN: there a
 // completion waits until the thread that submitted the read enters the kernel again, while another thread waits for it.
+//
+// Who wants to go on at once when reads land, though all callers are computing, sets a watch (the stream does): a thread
+// of the ring's own is woken by the kernel and calls it.
 #include <cerrno>
 #include <condition_variable>
 #include <cstdint>
@@ -20,14 +23,77 @@
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <memory>
+#include <thread>
+
 namespace {
 
 constexpr size_t MAX_READ = 1u << 30;  // what one call reads is capped near 2 GiB anyway; the rest goes on as a short read
+
+// A thread that is woken when reads land, and whom it tells.
+struct Watcher {
+  struct Watch {
+    void (*call)(void *);
+    void *who;
+  };
+
+  std::mutex mutex;  // held while somebody is told
+  std::vector<Watch> watches;
+  int event = -1;
+  bool ends = false;
+  std::thread thread;
+
+  ~Watcher() {
+    if (event >= 0) close(event);
+  }
+
+  void run() {
+    be_prompt();
+    uint64_t n;
+    while (read(event, &n, sizeof n) == sizeof n || errno == EINTR) {
+      std::lock_guard<std::mutex> hold(mutex);
+      if (ends) return;
+      for (const Watch &watch : watches) watch.call(watch.who);
+    }
+  }
+
+  void end() {  // nobody is told any more
+    {
+      std::lock_guard<std::mutex> hold(mutex);
+      ends = true;
+      watches.clear();
+    }
+    const uint64_t one = 1;
+    if (write(event, &one, sizeof one) == sizeof one) thread.join();
+    else thread.detach();
+  }
+
+  // Ask for short turns, which come soon, where the cores are busy (Linux 6.12 and later; no harm before).
+  static void be_prompt() {
+#if defined(SYS_sched_setattr) && defined(SYS_sched_getattr)
+    struct {
+      uint32_t size, policy;
+      uint64_t flags;
+      int32_t nice;
+      uint32_t priority;
+      uint64_t runtime, deadline, period;
+    } attr;
+    std::memset(&attr, 0, sizeof attr);
+    if (syscall(SYS_sched_getattr, 0, &attr, sizeof attr, 0)) return;
+    attr.runtime = 100000;  // ns
+    syscall(SYS_sched_setattr, 0, &attr, 0);
+#endif
+  }
+};
 
 struct Batch;
 
@@ -60,6 +126,7 @@ struct Ring {
   bool leader = false;
   bool plain_read = false;  // IORING_OP_READ is known (Linux 5.6): no vector to copy in for a read into one buffer
   std::deque<Op *> line;  // reads that found no room in the queue
+  std::shared_ptr<Watcher> watcher;  // null until somebody watches
 
   int enter(unsigned submit, unsigned wait) {
     return static_cast<int>(
@@ -167,6 +234,27 @@ struct Ring {
     else advance();
     flush();
   }
+
+  // The thread that tells who watches; null where the system does not let us have it.
+  std::shared_ptr<Watcher> watched() {
+    std::lock_guard<std::mutex> hold(mutex);
+    if (watcher) return watcher;
+    std::shared_ptr<Watcher> made = std::make_shared<Watcher>();
+    made->event = eventfd(0, EFD_CLOEXEC);
+    if (made->event < 0 || syscall(__NR_io_uring_register, fd, IORING_REGISTER_EVENTFD, &made->event, 1)) return nullptr;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);  // Ctrl-C is for others
+    try {
+      Watcher *one = made.get();
+      made->thread = std::thread([one] { one->run(); });
+      watcher = made;
+    } catch (const std::system_error &) {
+      syscall(__NR_io_uring_register, fd, IORING_UNREGISTER_EVENTFD, nullptr, 0);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return watcher;
+  }
 };
 
 void *map(int fd, size_t size, off_t what) {
@@ -179,6 +267,10 @@ extern "C" {
 
 void hf_flash_ring_close(void *handle) {
   Ring *r = static_cast<Ring *>(handle);
+  if (r->watcher) {  // whoever watches starts no reads from here on
+    std::lock_guard<std::mutex> hold(r->watcher->mutex);
+    r->watcher->watches.clear();
+  }
   {
     std::lock_guard<std::mutex> hold(r->mutex);  // what is in flight writes into memory that is not ours to free
     while (r->fd >= 0 && r->cq_map != MAP_FAILED && (r->in_flight || !r->line.empty())) {
@@ -186,6 +278,7 @@ void hf_flash_ring_close(void *handle) {
       r->reap();
     }
   }
+  if (r->watcher) r->watcher->end();  // now, not before: the kernel cancels what a thread that ends has started
   if (r->sqe_map != MAP_FAILED) munmap(r->sqe_map, r->sqe_size);
   if (r->cq_map != MAP_FAILED && r->cq_map != r->sq_map) munmap(r->cq_map, r->cq_size);
   if (r->sq_map != MAP_FAILED) munmap(r->sq_map, r->sq_size);
@@ -312,6 +405,27 @@ int hf_flash_batch_ready(void *handle, void *batch) {
   std::lock_guard<std::mutex> hold(r->mutex);
   if (!r->leader) r->reap(), r->flush();
   return static_cast<Batch *>(batch)->left <= 0;
+}
+
+// Have `call(who)` called, by a thread of the ring, when reads have landed; until unwatched, or the ring is closed. Null
+// where that cannot be had. Never to be called with what `call` waits for.
+void *hf_flash_ring_watch(void *handle, void (*call)(void *), void *who) {
+  std::shared_ptr<Watcher> watcher = static_cast<Ring *>(handle)->watched();
+  if (!watcher) return nullptr;
+  std::lock_guard<std::mutex> hold(watcher->mutex);
+  watcher->watches.push_back({call, who});
+  return new std::shared_ptr<Watcher>(watcher);
+}
+
+// Returns once nobody is being told; the ring may be closed by then.
+void hf_flash_ring_unwatch(void *watch, void *who) {
+  std::shared_ptr<Watcher> *watcher = static_cast<std::shared_ptr<Watcher> *>(watch);
+  {
+    std::lock_guard<std::mutex> hold((*watcher)->mutex);
+    std::vector<Watcher::Watch> &all = (*watcher)->watches;
+    all.erase(std::remove_if(all.begin(), all.end(), [who](const Watcher::Watch &w) { return w.who == who; }), all.end());
+  }
+  delete watcher;
 }
 
 void hf_flash_batch_error(void *batch, int64_t *out) {  // errno, fd, offset, got, want

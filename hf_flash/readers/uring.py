@@ -43,7 +43,7 @@ class UringReader(ThreadReader):
         self._ring = lib.hf_flash_ring_open(depth)
         if not self._ring:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self._lib = lib
+        self._lib, self._pid = lib, os.getpid()
         self._live: dict[int, _UringTicket] = {}  # submitted and not yet known to have landed
         super().__init__(n_threads)
 
@@ -100,6 +100,11 @@ class UringReader(ThreadReader):
         return ticket, n_bytes.value, n_reads.value
 
     @property
+    def is_forked(self) -> bool:
+        """Whether this process was forked from the one that opened the ring, which is not to be touched from here."""
+        return os.getpid() != self._pid
+
+    @property
     def ring(self) -> int | None:
         """The native ring, None once it is closed."""
         return self._ring
@@ -125,6 +130,13 @@ class UringReader(ThreadReader):
         self._live[id(ticket)] = ticket
         return ticket
 
+    def check_open(self) -> None:
+        if self.is_forked:
+            raise ReadError(
+                errno.EBADF, "this process was forked from the one that loaded the model; load it here"
+            )
+        super().check_open()
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -133,8 +145,8 @@ class UringReader(ThreadReader):
 
     def _close_ring(self) -> None:
         """Wait for what is in flight; files are closed and memory is freed only after that."""
-        ring, self._ring = self._ring, None
-        if ring:
+        forked, ring, self._ring = self.is_forked, self._ring, None
+        if ring and not forked:
             self._lib.hf_flash_ring_close(ring)
         self._live = {}
 
@@ -187,6 +199,8 @@ class _UringTicket(Ticket):
         """The model is gone, or this has landed; the kernel may still know a batch of a model that is gone."""
         if self.batch is not None:
             with contextlib.suppress(Exception):
+                if self._reader.is_forked:
+                    return
                 if self._reader._ring:
                     self.settle()
             self._reader._lib.hf_flash_batch_free(self.batch)
