@@ -4,8 +4,8 @@ A ring of a few chunk buffers: while the caller computes on one chunk others are
 layer into the next, so the flash never waits for the arithmetic. Which unit follows which is learned from what was
 asked last time: decoders repeat their layers, encoder-decoders do so after a first pass.
 
-Reads are started in bursts of three eighths of the ring, each as the one before begins to land: a virtual disk tells of
-reads when it has nothing left to do, and whoever asked for all at once comes back to an idle device and a full ring.
+Reads are started in bursts of half the ring, each as the one before begins to land: a virtual disk tells of reads when
+it has nothing left to do, and whoever asked for all at once comes back to an idle device and a full ring.
 
 Reads through io_uring are kept in native memory (ring.py), so that a whole layer takes one call; what is done here,
 step by step and with any reader, is the reference.
@@ -68,7 +68,7 @@ class Stream:
         self._free: list[torch.Tensor] = []
         self._burst = 0  # number of the reads started together of which none has landed yet
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
-        self._n_burst = max(1, self._n_buffers * 3 // 8) if overlap else self._n_buffers
+        self._n_burst = self._n_buffers // 2 if overlap else self._n_buffers
         self._units: list[Extent2D] = []
         self._table = (Unit * 0)()  # where each unit lies, what is pinned of it, and which one follows
         self._order: list[int] = []

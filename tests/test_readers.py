@@ -349,7 +349,7 @@ if child == 0:
         with stream.unit(0) as chunks:
             list(chunks)
     except ReadError as error:
-        assert "forked" in str(error)
+        assert "fork" in str(error)
         sys.exit(7)  # as a program ends that has not heard of os._exit: every object is finalized
     sys.exit(1)
 for _ in range(3):

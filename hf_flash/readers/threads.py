@@ -156,7 +156,10 @@ class ThreadReader(Reader):
 
     def check_open(self) -> None:
         if self._closed:
-            raise ReadError(errno.EBADF, "the flash files of this model were closed; load the model again")
+            raise ReadError(
+                errno.EBADF,
+                "the flash files of this model were closed (or this process is a fork); load the model again",
+            )
 
     def _run(self, reads: list[Read], ticket: Ticket) -> None:
         error: BaseException | None = None

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import time
+import weakref
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class UringReader(ThreadReader):
     """
 
     part_bytes = 4 << 20  # the kernel cuts it up; one submission is enough
+    is_forked = False
 
     def __init__(self, n_threads: int = 8, depth: int = DEPTH) -> None:
         lib = native.library()
@@ -43,9 +45,10 @@ class UringReader(ThreadReader):
         self._ring = lib.hf_flash_ring_open(depth)
         if not self._ring:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self._lib, self._pid = lib, os.getpid()
+        self._lib = lib
         self._live: dict[int, _UringTicket] = {}  # submitted and not yet known to have landed
         super().__init__(n_threads)
+        _readers.add(self)
 
     def submit(self, reads: list[Read]) -> Ticket:
         with self._lock:
@@ -99,10 +102,9 @@ class UringReader(ThreadReader):
             trace.active.add(trace.SUBMIT, begun, time.perf_counter(), bytes=n_bytes.value, reads=n_reads.value)
         return ticket, n_bytes.value, n_reads.value
 
-    @property
-    def is_forked(self) -> bool:
-        """Whether this process was forked from the one that opened the ring, which is not to be touched from here."""
-        return os.getpid() != self._pid
+    def forked(self) -> None:
+        """This process was forked from the one that opened the ring, and shares its memory: it is not touched again."""
+        self._ring, self._closed, self.is_forked = None, True, True
 
     @property
     def ring(self) -> int | None:
@@ -130,13 +132,6 @@ class UringReader(ThreadReader):
         self._live[id(ticket)] = ticket
         return ticket
 
-    def check_open(self) -> None:
-        if self.is_forked:
-            raise ReadError(
-                errno.EBADF, "this process was forked from the one that loaded the model; load it here"
-            )
-        super().check_open()
-
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -145,8 +140,8 @@ class UringReader(ThreadReader):
 
     def _close_ring(self) -> None:
         """Wait for what is in flight; files are closed and memory is freed only after that."""
-        forked, ring, self._ring = self.is_forked, self._ring, None
-        if ring and not forked:
+        ring, self._ring = self._ring, None
+        if ring:
             self._lib.hf_flash_ring_close(ring)
         self._live = {}
 
@@ -164,6 +159,15 @@ class UringReader(ThreadReader):
         if code == errno.ENODATA:
             return ShortReadError(errno.EIO, early_end(path, offset, want, got))
         return ReadError(code, failed_read(path, offset, os.strerror(code)))
+
+
+def _forked() -> None:
+    for reader in _readers:
+        reader.forked()
+
+
+_readers: weakref.WeakSet[UringReader] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_forked)
 
 
 class _UringTicket(Ticket):
@@ -199,8 +203,6 @@ class _UringTicket(Ticket):
         """The model is gone, or this has landed; the kernel may still know a batch of a model that is gone."""
         if self.batch is not None:
             with contextlib.suppress(Exception):
-                if self._reader.is_forked:
-                    return
                 if self._reader._ring:
                     self.settle()
             self._reader._lib.hf_flash_batch_free(self.batch)
