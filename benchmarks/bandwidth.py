@@ -1,9 +1,9 @@
 """What share of fio's sequential bytes/s does a model read while it generates?
 
-Gate `all`: nothing is sparse, so the flash is what a token waits for. One process decodes some tokens, then fio reads one
-of the model's own files for about as long, in turns, so that both see the same disk and the same neighbours. fio gets
-large direct sequential reads through io_uring, into huge pages, and the fastest of some sizes and depths. Bytes are what
-the kernel says that the process had read; medians over the turns count.
+Gate `all`: nothing is sparse, so the flash is what a token waits for. One process decodes some tokens, then fio reads
+one of the model's own files for about as long, in turns, so that both see the same disk and the same neighbours. fio
+gets large direct sequential reads through io_uring, into huge pages, and the fastest of some sizes and depths. Bytes
+are what the kernel says that the process had read; medians over the turns count.
 """
 
 # ruff: noqa: PLC0415  (--help needs no torch)
@@ -111,9 +111,7 @@ def main() -> None:
     if shutil.which("fio") is None:
         print("fio is missing (apt install fio): threads that read the same files are the other side")
     elif reads.reserved_bytes() < 32 * common.MIB:
-        print(
-            f"fio gets small pages: {reads.reserved_bytes() >> 20} MiB of huge ones are free, of 32 (vm.nr_hugepages=16)"
-        )
+        print(f"fio gets small pages: {reads.reserved_bytes() >> 20} MiB of huge ones free, of 32 (vm.nr_hugepages=16)")
     rows = [one_model(args, name) for name in args.models]
     for r in rows:
         print(f"ceiling ({r['other']}): {common.mb(r['other_bytes_per_s'])} MB/s")

@@ -440,7 +440,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         _look_ahead(model, runtime, gates)
     elif overlap:
         early.install(model)
-    _watch_kv(model, runtime)
+    _watch_kv(model, runtime, None if config.without else stream)
     attention.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
@@ -452,17 +452,20 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime) -> None:
-    """Let KV caches grow in place, and slots have the memory that they and a pass's activations do not fill."""
+def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime, stream: Stream | None) -> None:
+    """Let KV caches grow in place, and the FFNs have the memory that they and a pass's activations do not fill."""
     plan = runtime.plan
     token_bytes = plan.parts["KV cache"] // plan.max_tokens
-    loan = Loan(runtime.balances, _lendable(plan), token_bytes)
+    if stream is not None:
+        stream.can_borrow(_lendable(plan))
+    loan = Loan(runtime.balances, _lendable(plan), token_bytes, stream)
     activations = _activations(model, runtime.blocks, plan.batch_size)
 
     def tell(filled: int | None, n_tokens: int) -> None:
         loan.told(None if filled is None else filled + activations(max(n_tokens, AHEAD_TOKENS)))
 
-    lends = runtime.balances and not model.config.is_encoder_decoder
+    has_use = runtime.balances or (stream is not None and stream.most_lent)
+    lends = has_use and not model.config.is_encoder_decoder
     kv.install(model, plan.max_tokens, token_bytes, tell if lends else None)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_flash.errors import MemoryCapError
-from hf_flash.layout import chunk_rows, format_size
+from hf_flash.layout import chunk_rows, format_size, spread
 from hf_flash.memory import round_up, shared_bytes
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = (4 << 20) - 8192, 256 << 10  # a buffer of the ring, 8 KiB longer, fills huge pages
@@ -360,7 +360,7 @@ def _pin(layers: Sequence[Layer], left: int, chunk: int, unpacked: bool) -> dict
     pinned = {layer.path: 0 for layer in layers}
     if not layers or left <= 0:
         return pinned
-    order = [layers[i] for i in _spread(len(layers))]
+    order = [layers[i] for i in spread(len(layers))]
     if not unpacked and all(layer.packed for layer in layers):
         return _pin_evenly(order, left, chunk)
     for layer in order:
@@ -386,8 +386,3 @@ def _pin_evenly(layers: Sequence[Layer], left: int, chunk: int) -> dict[str, int
             pinned[layer.path] += more
             left -= more * layer.row_bytes
     return pinned
-
-
-def _spread(n: int) -> list[int]:
-    """0..n-1 in an order whose every prefix is spread evenly: multiples of the golden ratio, sorted by fraction."""
-    return sorted(range(n), key=lambda i: (i * 0.6180339887498949) % 1.0)

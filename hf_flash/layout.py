@@ -129,6 +129,11 @@ class BundleLayout:
         return rows
 
 
+def spread(n: int) -> list[int]:
+    """0..n-1 in an order whose every prefix is spread evenly: multiples of the golden ratio, sorted by fraction."""
+    return sorted(range(n), key=lambda i: (i * 0.6180339887498949) % 1.0)
+
+
 def chunk_rows(n_rows: int, row_bytes: int, chunk_bytes: int) -> int:
     """Rows that are streamed at a time: a multiple of 8 where there are so many, which kernels like."""
     n = max(1, chunk_bytes // row_bytes)

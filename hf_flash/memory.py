@@ -73,6 +73,25 @@ def discard(tensor: torch.Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), mmap.MADV_DONTNEED)
 
 
+class Row:
+    """Pieces of one size in a row. The first ones keep their DRAM when those behind give theirs back.
+
+    Args:
+        n: of them; nothing of them is touched yet. size: of one, in bytes.
+    """
+
+    def __init__(self, n: int, size: int) -> None:
+        self._size = round_up(size, mmap.PAGESIZE)
+        self._whole = aligned_empty(n * self._size)
+        self.pieces = [self._whole[i * self._size : i * self._size + size] for i in range(n)]
+
+    def shrink(self, n: int) -> None:
+        """Keep n, and what else is in the huge page that they end in."""
+        kept = round_up(n * self._size, HUGE_BYTES)
+        if kept < self._whole.numel():
+            discard(self._whole[kept:])
+
+
 def shares(sizes: Sequence[int]) -> list[torch.Tensor]:
     """One piece of `aligned_empty` memory in page-aligned parts, all of it in huge pages where it fills several.
 

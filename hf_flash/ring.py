@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence, Set
 
 import torch
 
 from hf_flash import native, trace
 from hf_flash.layout import DATA_ALIGN
-from hf_flash.memory import shares
+from hf_flash.memory import Row, shares
 from hf_flash.packed_sum import PackedSum
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
 
 FAILED, SIGNAL = 1, 2
+WANTED, NOT_WANTED = -1, -2
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -33,15 +34,19 @@ class Unit(ctypes.Structure):
         first: rows that are pinned and no longer streamed.
         keep: rows that will be pinned after the first pass.
         begun: whether the first pass has been read, or is being read.
+        stays: [n_chunks] the slot in which each chunk stays, WANTED where it shall, else NOT_WANTED.
     """
 
-    _fields_ = [(name, _I) for name in ("fd", "start", "n_rows", "row_bytes", "step", "next", "first", "keep", "begun")]
+    _fields_ = [
+        *[(name, _I) for name in ("fd", "start", "n_rows", "row_bytes", "step", "next", "first", "keep", "begun")],
+        ("stays", _P),
+    ]  # fmt: skip
 
 
 class _Slot(ctypes.Structure):
     _fields_ = [
         ("memory", _P), ("rows", _P), ("batch", _P), ("unit", _I), ("row", _I), ("n", _I), ("taken", _I),
-        ("bytes", _I), ("burst", _I), ("begun", _D),
+        ("bytes", _I), ("burst", _I), ("kept", _I), ("begun", _D),
     ]  # fmt: skip
 
 
@@ -64,11 +69,12 @@ class NativeRing:
         stats: where bytes and waits are counted.
         names: of the units, for a trace.
         helped: whether a thread of the reader's starts bursts while callers compute.
+        most_lent: buffers that may be lent.
     """
 
     def __init__(
         self, reader: UringReader, units: ctypes.Array[Unit], last: int, n_buffers: int, buffer_bytes: int,
-        n_burst: int, stats: FlashStats, names: Sequence[str], helped: bool = True,
+        n_burst: int, stats: FlashStats, names: Sequence[str], helped: bool = True, most_lent: int = 0,
     ) -> None:  # fmt: skip
         lib = native.library()
         assert lib is not None
@@ -76,8 +82,13 @@ class NativeRing:
         lib.hf_flash_stream_bytes(sizes)
         assert list(sizes)[:4] == [ctypes.sizeof(struct) for struct in (Unit, _Slot, trace.Event, _Ring)]
         self._lib, self._reader, self._units = lib, reader, units
-        self._buffers = shares([buffer_bytes] * n_buffers)
-        self._slots, self._line = (_Slot * n_buffers)(), (_I * n_buffers)()
+        self._n_buffers = n_buffers
+        self._lent = Row(most_lent, buffer_bytes)
+        self._buffers = shares([buffer_bytes] * n_buffers) + self._lent.pieces
+        self._slots, self._line = (_Slot * len(self._buffers))(), (_I * len(self._buffers))()
+        self._stays = [(_I * -(-row.n_rows // row.step))() for row in units]
+        for row, stays in zip(units, self._stays, strict=True):
+            row.stays = ctypes.addressof(stays)
         for slot, buffer in zip(self._slots, self._buffers, strict=True):
             slot.memory = buffer.data_ptr()
         self._s = _Ring(
@@ -91,7 +102,8 @@ class NativeRing:
         self._names = names
         self._sum = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P)(("hf_flash_stream_sum", lib))  # keeps no errno: quicker
         stats.count_in(self._s.counters)
-        self._helped = helped
+        self._helped, self.was_kept = helped, False  # was_kept: of the chunk that was handed out last
+        self.choose(set())
         self._watch()
 
     @staticmethod
@@ -116,6 +128,7 @@ class NativeRing:
                 slot = self._slots[number]
                 begin, n = slot.rows - slot.memory, slot.n
                 part = self._buffers[number][begin : begin + n * rows.row_bytes]
+                self.was_kept = bool(slot.kept)
                 yield at, at + n, part.view(n, rows.row_bytes)
             finally:
                 self._s.ring = self._reader.ring
@@ -141,6 +154,29 @@ class NativeRing:
     def last(self) -> int:
         """The unit that was asked for last."""
         return self._s.last  # type: ignore[no-any-return]
+
+    def lend(self, n: int) -> None:
+        """Have n buffers besides the ring's. Within `still`."""
+        first, s = self._n_buffers + n, self._s
+        if first < s.n_slots:
+            self.drop()
+            for slot in self._slots[first : s.n_slots]:
+                if slot.kept:
+                    self._stays[slot.unit][slot.row // self._units[slot.unit].step] = WANTED
+                slot.kept = 0
+            self._lent.shrink(n)
+        s.n_slots = first
+
+    def choose(self, wanted: Set[tuple[int, int]]) -> None:
+        """Say which chunks, (unit, number), shall stay: fewer than are lent, or as many. Within `still`."""
+        for unit, stays in enumerate(self._stays):
+            for number, slot in enumerate(stays):
+                if (unit, number) not in wanted:
+                    stays[number] = NOT_WANTED
+                    if slot >= 0:
+                        self._slots[slot].kept = 0
+                elif slot < 0:
+                    stays[number] = WANTED
 
     @contextlib.contextmanager
     def still(self) -> Iterator[None]:

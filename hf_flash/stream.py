@@ -9,6 +9,9 @@ it has nothing left to do, and whoever asked for all at once comes back to an id
 
 Reads through io_uring are kept in native memory (ring.py), so that a whole layer takes one call; what is done here,
 step by step and with any reader, is the reference.
+
+Memory that is lent (loan.py) keeps chunks that were read: they stay where they are, another buffer takes their place in
+the ring, and they are not read again until the memory is wanted back.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
 
 from hf_flash import trace
-from hf_flash.layout import DATA_ALIGN, chunk_rows
-from hf_flash.memory import aligned_empty, round_up, shared_bytes, shares, view_bytes
+from hf_flash.layout import DATA_ALIGN, chunk_rows, spread
+from hf_flash.memory import Row, aligned_empty, round_up, shared_bytes, shares, view_bytes
 from hf_flash.ops import Activation, Biases
 from hf_flash.packed_sum import PackedSum
 from hf_flash.readers import Read, Reader, Ticket, UringReader
@@ -43,6 +47,7 @@ class _Pending:
     ticket: Ticket
     rows: torch.Tensor  # [n, row_bytes] view into buffer
     burst: int
+    number: int  # of the buffer
 
 
 class Stream:
@@ -63,9 +68,13 @@ class Stream:
         self, reader: Reader, chunk_bytes: int, n_buffers: int, stats: FlashStats, overlap: bool = True,
         helped: bool = True,
     ) -> None:  # fmt: skip
-        self._helped = helped
+        self._helped, self._most_lent, self._n_lent = helped, 0, 0
+        self._wanted: set[Chunk] = set()  # chunks that are to stay in lent memory
+        self._kept: dict[Chunk, _Pending] = {}  # those that do
+        self._lent = Row(0, 0)
+        self._was_kept = False
         self._reader, self._stats, self.chunk_bytes, self._overlap = reader, stats, chunk_bytes, overlap
-        self._free: list[torch.Tensor] = []
+        self._free: list[tuple[int, torch.Tensor]] = []  # number and memory
         self._burst = 0  # number of the reads started together of which none has landed yet
         self._n_buffers, self._buffer_bytes = max(2, n_buffers), 0
         self._n_burst = self._n_buffers // 2 if overlap else self._n_buffers
@@ -121,11 +130,77 @@ class Stream:
             if n_rows == self._units[unit].n_rows and unit in self._order:
                 self._order.remove(unit)
                 self._relink()
+            self._choose()
 
     @property
     def ring_bytes(self) -> int:
         """DRAM that the ring takes."""
         return shared_bytes([self._buffer_bytes] * self._n_buffers)
+
+    @property
+    def was_kept(self) -> bool:
+        """Whether the chunk that was handed out last had stayed."""
+        return self._was_kept if self._ring is None else self._ring.was_kept
+
+    @property
+    def buffer_bytes(self) -> int:
+        """DRAM of a chunk that stays."""
+        return self._buffer_bytes
+
+    @property
+    def most_lent(self) -> int:
+        """Buffers that may be lent."""
+        return self._most_lent
+
+    @property
+    def n_lent(self) -> int:
+        """Buffers that are lent."""
+        return self._n_lent
+
+    def can_borrow(self, n_bytes: int) -> None:
+        """Say how much memory may be lent at most, before anything is read."""
+        assert self._ring is None and not self._free
+        n_chunks = sum(-(-unit.n_rows // row.step) for unit, row in zip(self._units, self._table, strict=True))
+        self._most_lent = min(n_chunks, n_bytes // max(1, self._buffer_bytes))
+
+    def lend(self, n: int) -> None:
+        """Let n chunks stay in lent memory, more or fewer than so far; what is taken back is the system's on return."""
+        with self.lock:
+            n = min(n, self._most_lent)
+            with contextlib.nullcontext() if self._ring is None else self._ring.still():
+                fewer, before = n < self._n_lent, self._n_lent
+                self._n_lent = n
+                if self._ring is not None:
+                    self._ring.lend(n)
+                elif fewer:
+                    self._withdraw(self._n_buffers + n)
+                elif self._free or self._pending or self._kept:
+                    self._free += [(self._n_buffers + i, self._lent.pieces[i]) for i in range(before, n)]
+                self._choose()
+
+    def _withdraw(self, first: int) -> None:
+        """Lose the buffers from a number on, and what is in them."""
+        self._drop_pending()
+        for chunk in [chunk for chunk, kept in self._kept.items() if kept.number >= first]:
+            del self._kept[chunk]
+        self._free = [(number, buffer) for number, buffer in self._free if number < first]
+        self._lent.shrink(first - self._n_buffers)
+
+    def _choose(self) -> None:
+        """Which chunks are to stay: spread over what is streamed, so that reads go on while they are computed with."""
+        streamed = [
+            (unit, row // self._table[unit].step)
+            for unit in self._order
+            for row in range(
+                max(self._table[unit].first, self._table[unit].keep), self._units[unit].n_rows, self._table[unit].step
+            )
+        ]
+        self._wanted = {streamed[i] for i in spread(len(streamed))[: self._n_lent]}
+        for chunk in [chunk for chunk in self._kept if chunk not in self._wanted]:
+            kept = self._kept.pop(chunk)
+            self._free.append((kept.number, kept.buffer))
+        if self._ring is not None:
+            self._ring.choose(self._wanted)
 
     @contextlib.contextmanager
     def unit(self, unit: int) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
@@ -184,14 +259,26 @@ class Stream:
             self._ring = NativeRing(
                 self._reader, self._table, self._last, self._n_buffers, self._buffer_bytes, self._n_burst,
                 self._stats, [unit.name.removesuffix(".bundles") for unit in self._units], self._helped,
+                self._most_lent,
             )  # fmt: skip
+            with self._ring.still():
+                self._ring.lend(self._n_lent)
+                self._ring.choose(self._wanted)
         return self._ring
 
     def _chunks(self, unit: int) -> Generator[tuple[int, int, torch.Tensor]]:
         self._comes(unit)
         step, n_rows = self.chunk_rows(unit), self._units[unit].n_rows
         for start in range(self._table[unit].first, n_rows, step):
-            pending = self._take((unit, start // step))
+            chunk = (unit, start // step)
+            kept = self._kept.get(chunk)
+            if kept is not None:
+                if self._overlap and self._pending:
+                    self._refill(kept)
+                self._was_kept = True
+                yield start, start + kept.rows.shape[0], kept.rows
+                continue
+            pending = self._take(chunk)
             try:
                 t0 = time.perf_counter()
                 pending.ticket.wait()
@@ -204,12 +291,19 @@ class Stream:
                 self._stats.add(wait_s=time.perf_counter() - t0)
                 if trace.active is not None:
                     trace.active.add(trace.WAIT, t0, time.perf_counter())
+                self._was_kept = False
                 yield start, start + pending.rows.shape[0], pending.rows
             finally:
                 pending.ticket.settle()
-                self._free.append(pending.buffer)
+                self._keep_or_free(pending)
                 if self._overlap:
                     self._refill(pending)
+
+    def _keep_or_free(self, used: _Pending) -> None:
+        if used.chunk in self._wanted and used.chunk not in self._kept and used.ticket.error is None:
+            self._kept[used.chunk] = used
+        else:
+            self._free.append((used.number, used.buffer))
 
     def _take(self, chunk: Chunk) -> _Pending:
         if not any(p.chunk == chunk for p in self._pending):
@@ -241,17 +335,21 @@ class Stream:
     def _following(self, chunk: Chunk) -> Chunk | None:
         """The chunk to read ahead after this one; None where everything else stays in DRAM."""
         unit, number = chunk
-        if (number + 1) * self.chunk_rows(unit) < self._units[unit].n_rows:
-            return unit, number + 1
-        for _ in self._units:
-            unit = unit if self._table[unit].next < 0 else self._table[unit].next
-            first = self._table[unit].keep if self._table[unit].begun else self._table[unit].first
-            if first < self._units[unit].n_rows:
-                return unit, first // self.chunk_rows(unit)
-        return None
+        n_left = len(self._units)
+        while True:
+            number += 1
+            while number * self.chunk_rows(unit) >= self._units[unit].n_rows:
+                if n_left == 0:
+                    return None
+                n_left -= 1
+                unit = unit if self._table[unit].next < 0 else self._table[unit].next
+                first = self._table[unit].keep if self._table[unit].begun else self._table[unit].first
+                number = -(-first // self.chunk_rows(unit))
+            if (unit, number) not in self._kept:
+                return unit, number
 
     def _schedule(self, chunk: Chunk) -> None:
-        if not self._free and len(self._pending) < self._n_buffers:
+        if not self._free and not self._pending and not self._kept:
             self._allocate()
         if not self._free:
             return
@@ -262,21 +360,22 @@ class Stream:
         begin = unit.start + first * unit.row_bytes
         aligned = begin // DATA_ALIGN * DATA_ALIGN
         need = begin - aligned + n * unit.row_bytes
-        buffer = self._free.pop()
+        buffer_number, buffer = self._free.pop(self._free.index(min(self._free, key=itemgetter(0))))
         length = round_up(need, DATA_ALIGN)
         try:
             view = view_bytes(buffer)[:length]
             ticket = self._reader.submit(_split_read(unit.file, aligned, view, need, self._reader.part_bytes))
         except BaseException:  # Ctrl-C too: what was started may still land in this buffer, so another takes its place
-            self._free.append(aligned_empty(self._buffer_bytes))
+            self._free.append((buffer_number, aligned_empty(self._buffer_bytes)))
             raise
         self._stats.add(bytes_read=length, n_reads=1)
         rows = buffer[begin - aligned : need].view(n, unit.row_bytes)
-        self._pending.append(_Pending(chunk, buffer, ticket, rows, self._burst))
+        self._pending.append(_Pending(chunk, buffer, ticket, rows, self._burst, buffer_number))
 
     def _allocate(self) -> None:
-        if not self._pending:  # nothing allocated yet, or everything is free
-            self._free = shares([self._buffer_bytes] * self._n_buffers)
+        self._lent = Row(self._most_lent, self._buffer_bytes)
+        buffers = shares([self._buffer_bytes] * self._n_buffers) + self._lent.pieces[: self._n_lent]
+        self._free = list(enumerate(buffers))
 
     def _drop_pending(self) -> None:
         while self._pending:
@@ -285,7 +384,7 @@ class Stream:
     def _recycle(self, pending: _Pending) -> None:
         pending.ticket.settle()  # the device may still be writing into the buffer
         self._landed(pending)
-        self._free.append(pending.buffer)
+        self._free.append((pending.number, pending.buffer))
 
     def _landed(self, pending: _Pending) -> None:
         self._burst += pending.burst == self._burst
@@ -297,7 +396,7 @@ class Stream:
                 self._ring.close()
                 self._last = self._ring.last
             self._drop_pending()
-            self._ring, self._free = None, []
+            self._ring, self._free, self._lent, self._kept = None, [], Row(0, 0), {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
         return self

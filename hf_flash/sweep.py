@@ -179,7 +179,7 @@ class SweepEngine(Engine):
         for start, stop, rows in chunks:
             if self._pinned is not None and start < self._pin:  # Ctrl-C came before the stream knew
                 continue
-            self._stats.add(neurons_read=stop - start)
+            self._stats.add(**{"neurons_hit" if self._stream.was_kept else "neurons_read": stop - start})
             if pins is not None:
                 self._pin_chunk(pins, start, stop, rows)
             yield slice(start, stop), rows

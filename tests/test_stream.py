@@ -90,10 +90,18 @@ class Ring:
         """No buffer got lost or was made twice."""
         if self.stream._ring is not None:
             slots = self.stream._ring._slots
-            line = self.stream._ring._line[: self.stream._ring._s.n_line]
-            return sorted(line) == [i for i, slot in enumerate(slots) if slot.batch and not slot.taken]
-        buffers = [*self.stream._free, *(p.buffer for p in self.stream._pending)]
-        return len({b.data_ptr() for b in buffers}) == len(buffers) == self.stream._n_buffers
+            n, line = self.stream._ring._s.n_slots, self.stream._ring._line[: self.stream._ring._s.n_line]
+            stays = [slot for unit in self.stream._ring._stays for slot in unit if slot >= 0]
+            return (
+                n == self.stream._n_buffers + self.stream.n_lent
+                and sorted(line) == [i for i, slot in enumerate(slots) if slot.batch and not slot.taken]
+                and sorted(stays) == [i for i, slot in enumerate(slots) if slot.kept]
+                and max([*line, *stays], default=0) < n
+            )
+        used = [*self.stream._pending, *self.stream._kept.values()]
+        buffers = [*(buffer for _, buffer in self.stream._free), *(one.buffer for one in used)]
+        n = self.stream._n_buffers + self.stream.n_lent
+        return len({b.data_ptr() for b in buffers}) == len(buffers) and len(buffers) in (0, n)  # 0: not allocated yet
 
 
 @settings(max_examples=150, deadline=None)
@@ -111,7 +119,7 @@ def test_any_order_of_units_whole_or_abandoned(
     assert ring.stats.n_reads == len(ring.reader.log)
     assert (
         ring.stream.ring_bytes
-        == sum(b.numel() for b in ring.stream._free) + sum(p.buffer.numel() for p in ring.stream._pending)
+        == sum(b.numel() for _, b in ring.stream._free) + sum(p.buffer.numel() for p in ring.stream._pending)
         or not ring.reader.log
     )
 
@@ -136,6 +144,33 @@ def test_a_steady_order_reads_each_chunk_once_a_pass(
     log = Counter((offset, length) for _, offset, length in ring.reader.log)
     assert got + log == Counter({chunk: n_passes * n for chunk, n in want.items()}) + ring.ahead(), "read in vain"
     assert ring.stats.bytes_read - before == sum(length * n for (_, length), n in log.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNITS, st.fixed_dictionaries(SIZES), st.lists(st.integers(0, 12), min_size=1, max_size=4))
+def test_what_is_lent_is_not_read_again(
+    file: Path, units: list[tuple[int, int, int]], sizes: dict[str, int], lent: list[int]
+) -> None:
+    """As many chunks as there is memory for are read in the first pass after it was lent, and the others in each."""
+    ring = Ring(file, units, reader=FakeReader(), **sizes)
+    ring.stream.can_borrow(12 * ring.stream.buffer_bytes)
+    order = range(len(units))
+    n_chunks = sum(sum(ring.chunks(unit).values()) for unit in order)
+    for n in lent:
+        ring.stream.lend(n)
+        assert ring.stream.n_lent == min(n, n_chunks)
+        for _ in range(sizes["n_buffers"] + 2):  # what was under way for chunks that stay now is dropped one by one
+            for unit in order:
+                ring.use(unit)
+        ahead, before, n_passes = len(ring.stream._pending), ring.stats.n_reads, 3
+        for _ in range(n_passes):
+            for unit in order:
+                ring.use(unit)
+        n_taken = ring.stats.n_reads - before + ahead - len(ring.stream._pending)
+        assert n_taken == n_passes * (n_chunks - ring.stream.n_lent)
+        assert ring.is_whole()
+    ring.stream.release()
+    assert not ring.stream._kept
 
 
 @settings(max_examples=100, deadline=None)
@@ -225,6 +260,7 @@ def walk(rings: list[Ring], steps: list[tuple[int, str]]) -> Iterator[None]:
     pins = [number % 3 * rings[0].stream.chunk_rows(number) for number in range(len(units))]
     pins = [min(pin, unit.n_rows) for pin, unit in zip(pins, units, strict=True)]
     for ring in rings:
+        ring.stream.can_borrow(6 * ring.stream.buffer_bytes)
         for unit, pin in enumerate(pins):
             ring.stream.announce_pin(unit, pin)
     pinned = [0] * len(units)
@@ -235,13 +271,17 @@ def walk(rings: list[Ring], steps: list[tuple[int, str]]) -> Iterator[None]:
                 ring.stream.pin_first(unit, pins[unit])
             elif what == "release":
                 ring.stream.release()
+            elif what.startswith("lend"):
+                ring.stream.lend(unit + 2 * (what == "lend more"))
             else:
                 ring.use(unit, {"use": 1 << 30, "some": 2, "none": 0}[what], pinned[unit])
         pinned[unit] = pins[unit] if what == "pin" else pinned[unit]
         yield
 
 
-STEPS = st.tuples(st.integers(0, 4), st.sampled_from(["use", "use", "use", "some", "none", "pin", "release"]))
+STEPS = st.tuples(
+    st.integers(0, 4), st.sampled_from(["use", "use", "use", "some", "none", "pin", "release", "lend", "lend more"])
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -257,6 +297,10 @@ def test_the_native_ring_does_what_the_reference_does(
         assert ours == theirs
         ours, theirs = ((ring.stats.bytes_read, ring.stats.n_reads) for ring in rings)
         assert ours == theirs
+        assert all(ring.is_whole() for ring in rings)
+        kept = rings[0].stream._ring._stays if rings[0].stream._ring else []
+        ours = {(unit, i) for unit, stays in enumerate(kept) for i, slot in enumerate(stays) if slot >= 0}
+        assert ours == set(rings[1].stream._kept)
     rings[0].stream.release()
 
 

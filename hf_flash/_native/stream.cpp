@@ -18,6 +18,7 @@ struct Unit {  // rows that are streamed; ring.py has the fields of these struct
   int64_t fd, start, n_rows, row_bytes, step;  // step: rows of a chunk
   int64_t next;                // the unit that is read ahead after this one, -1 where nothing of this one is read any more
   int64_t first, keep, begun;  // rows that are pinned; that will be, once the first pass is through; whether that began
+  int64_t *stays;              // of each chunk: the slot in which it stays, WANTED where it shall, else NOT_WANTED
 };
 
 struct Slot {  // one buffer
@@ -26,6 +27,7 @@ struct Slot {  // one buffer
   int64_t unit, row, n;
   int64_t taken;  // whoever called is using it
   int64_t bytes, burst;
+  int64_t kept;  // its chunk stays in it
   double begun;
 };
 
@@ -76,6 +78,8 @@ namespace {
 
 enum { WAIT = 0, SUBMIT = 1, READ = 2, ARITHMETIC = 3, STREAM = 4 };
 
+enum { WANTED = -1, NOT_WANTED = -2 };
+
 constexpr int64_t ALIGN = 4096;
 
 struct Helper {
@@ -92,29 +96,29 @@ void note(Stream *s, int64_t kind, int64_t unit, double start, int64_t bytes = 0
     s->log->events[s->log->n++] = Event{kind, unit, bytes, static_cast<uint64_t>(pthread_self()), start, now()};
 }
 
-int64_t n_free(const Stream *s) {
-  int64_t n = s->n_slots - s->n_line;
-  for (int64_t i = 0; i < s->n_slots; i++) n -= s->slots[i].taken;
-  return n;
-}
+bool is_free(const Slot &slot) { return !slot.taken && !slot.batch && !slot.kept; }
+
+int64_t n_free(const Stream *s) { return std::count_if(s->slots, s->slots + s->n_slots, is_free); }
 
 Slot *free_slot(Stream *s) {
-  for (int64_t i = 0; i < s->n_slots; i++)
-    if (!s->slots[i].taken && !s->slots[i].batch) return s->slots + i;
-  return nullptr;
+  Slot *end = s->slots + s->n_slots, *slot = std::find_if(s->slots, end, is_free);
+  return slot == end ? nullptr : slot;
 }
+
+int64_t &stays(const Stream *s, int64_t unit, int64_t row) { return s->units[unit].stays[row / s->units[unit].step]; }
 
 // The chunk to read ahead after the one at *row of *unit; false where everything else stays in DRAM.
 bool following(const Stream *s, int64_t *unit, int64_t *row) {
-  *row += s->units[*unit].step;
-  if (*row < s->units[*unit].n_rows) return true;
-  for (int64_t i = 0; i < s->n_units; i++) {
-    if (s->units[*unit].next >= 0) *unit = s->units[*unit].next;
-    const Unit &u = s->units[*unit];
-    *row = u.begun ? u.keep : u.first;
-    if (*row < u.n_rows) return true;
+  for (int64_t n_left = s->n_units;;) {
+    *row += s->units[*unit].step;
+    while (*row >= s->units[*unit].n_rows) {
+      if (n_left-- == 0) return false;
+      if (s->units[*unit].next >= 0) *unit = s->units[*unit].next;
+      const Unit &u = s->units[*unit];
+      *row = u.begun ? u.keep : u.first;
+    }
+    if (stays(s, *unit, *row) < 0) return true;
   }
-  return false;
 }
 
 // noted: by a caller, whose the log is, and not by the ring's thread.
@@ -197,6 +201,12 @@ bool is(const Slot &slot, int64_t unit, int64_t row) { return slot.unit == unit 
 // The chunk's rows, landed, in *taken, with reads of what follows under way. After SIGNAL call it again.
 int take(Stream *s, int64_t unit, int64_t row, Slot **taken) {
   Hold held = hold(s);
+  if (const int64_t number = stays(s, unit, row); number >= 0) {
+    refill(s);
+    *taken = s->slots + number;
+    (*taken)->taken = 1;
+    return DONE;
+  }
   bool there = false;
   for (int64_t i = 0; i < s->n_line; i++) there = there || is(s->slots[s->line[i]], unit, row);
   if (!there) {
@@ -241,6 +251,7 @@ void comes(Stream *s, int64_t unit) {
 void give(Stream *s, Slot *slot) {
   const Hold held = hold(s);
   slot->taken = 0;
+  if (int64_t &number = stays(s, slot->unit, slot->row); number == WANTED) number = slot - s->slots, slot->kept = 1;
   if (s->ring) refill(s);
 }
 
@@ -334,7 +345,7 @@ int hf_flash_stream_sum(Stream *s, Sum *f) {
     result = take(s, f->unit, f->row, &slot);
     if (result) break;
     add_noted(s, f, slot->rows, slot->row, slot->n);
-    f->row += slot->n, c.neurons_read += slot->n;
+    f->row += slot->n, (slot->kept ? c.neurons_hit : c.neurons_read) += slot->n;
     give(s, slot);
   }
   c.compute_s += now() - begun - (c.wait_s - waited);
