@@ -119,8 +119,8 @@ class Plan:
         streamed: paths of the matrices that are streamed.
         packed: paths of the resident matrices that are kept in 11 or 12 bits a weight.
         unpacked: whether pinned FFN layers are kept as the stock matrices, for which everything must fit.
-        bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices; what other
-            layers read depends on the text.
+        bytes_per_token: bytes that a decoded token reads of layers with gate `all` and of streamed matrices once the
+            context is full (before, loan.py makes them fewer); what other layers read depends on the text.
         chunk_bytes, n_buffers, batch_bytes, max_tokens: sizes of the stream and the scratch.
     """
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 import hf_flash
 from hf_flash import attach, kv, loan
 from hf_flash.loan import Loan
-from hf_flash.memory import HUGE_BYTES
+from hf_flash.memory import HUGE_BYTES, round_up
 
 ROW = 6144
 
@@ -49,6 +49,54 @@ def test_no_more_is_lent_than_is_not_filled(filled: list[int | None], n_own: int
         if n is None:
             assert lent == 0
         assert lent >= spare - 32 * 200_000 - 2 * (loan.LEAST_BYTES + HUGE_BYTES + 2 * ROW)
+
+
+@dataclasses.dataclass
+class Chunks:
+    """Stands for a Stream; notes the most that it had together with others."""
+
+    others: list[Lender]
+    most_lent: int
+    buffer_bytes: int = (4 << 20) - 4096
+    n_lent: int = 0
+
+    def lend(self, n: int) -> None:
+        self.n_lent = n
+
+    def bytes(self) -> int:
+        return round_up(self.n_lent * self.buffer_bytes, HUGE_BYTES)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 250 << 20)), min_size=1, max_size=20), st.integers(0, 60))
+def test_the_stream_has_it_first(filled: list[int | None], most_lent: int) -> None:
+    planned, token = 200 << 20, 200_000
+    lender, seen = Lender(10_000), []
+    chunks = Chunks([lender], most_lent)
+    true_lend, true_more = Lender.lend, Chunks.lend
+
+    def lend(self: Lender, n: int) -> None:
+        true_lend(self, n)
+        seen.append(n * self.row_bytes + chunks.bytes())
+
+    def more(self: Chunks, n: int) -> None:
+        true_more(self, n)
+        seen.append(lender.n_lent * lender.row_bytes + self.bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lender, "lend", lend)
+        patch.setattr(Chunks, "lend", more)
+        lending = Loan([lender], planned, token, chunks)  # type: ignore[list-item, arg-type]
+        before = 0
+        for n in filled:
+            seen.clear()
+            lending.told(n)
+            spare = 0 if n is None else max(0, planned - n)
+            together = lender.n_lent * lender.row_bytes + chunks.bytes()
+            assert together <= spare and chunks.n_lent <= most_lent
+            assert max(seen, default=0) <= max(before, spare), "for a moment more was lent than there was"
+            room = (spare - 32 * token - loan.LEAST_BYTES - HUGE_BYTES) // chunks.buffer_bytes
+            assert chunks.n_lent >= min(most_lent, room) - 1
+            before = together
 
 
 def test_a_token_seldom_changes_anything() -> None:
@@ -114,6 +162,34 @@ def test_it_is_lent_and_taken_back_as_tokens_come(
         assert [n for n, _ in seen[1:]] == sorted(n for n, _ in seen[1:])
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_cache(model, ids).layers)
     assert seen[-1][0] >= held, "more is filled than was told"
+
+
+def test_what_is_streamed_stays_until_tokens_come(
+    flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
+    kv_alone: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Gate `all`: fewer bytes a token than planned while the context is short, and never wrong ones."""
+    config = hf_flash.FlashConfig(memory=cap_for("all", "half"), context=256, gate="all")
+    lent: list[tuple[int, int, int]] = []
+    true = Loan.told
+
+    def told(self: Loan, filled: int | None) -> None:
+        true(self, filled)
+        assert self._stream is not None and filled is not None
+        lent.append((filled, self._stream.n_lent * self._stream.buffer_bytes, stats.bytes_read))
+
+    monkeypatch.setattr(Loan, "told", told)
+    model = AutoModelForCausalLM.from_pretrained(flash_folder, quantization_config=config)
+    plan, stats = model._hf_flash.plan, hf_flash.stats(model)
+    ids = torch.arange(5, 12)[None]
+    want = dense.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)
+    for _ in range(2):
+        lent.clear()
+        assert torch.equal(model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False), want)
+        assert all(n <= max(0, plan.parts["KV cache"] - filled) for filled, n, _ in lent)
+        assert lent[5][1] > plan.parts["KV cache"] // 2 and lent[-1][1] < lent[5][1]
+        early, late = (lent[i + 20][2] - lent[i][2] for i in (10, 178))
+        assert early < late and early < 20 * plan.bytes_per_token - 10 * lent[30][1]
 
 
 def filled_cache(model: Any, ids: torch.Tensor) -> Any:
