@@ -173,6 +173,23 @@ def reads(result: dict[str, Any]) -> str:
     return f"{markdown(rows)}\n\n{markdown(gaps)}"
 
 
+def bandwidth(result: dict[str, Any]) -> str:
+    """One row per model, then the turns."""
+    rows = [
+        ["model", "s/token", "MB read per token", "of what is not pinned", "MB/s while generating", "fio MB/s", "share",
+         "of each turn"]
+    ]  # fmt: skip
+    for r in result["rows"]:
+        turns = ", ".join(f"{t['ours'] / t['theirs']:.0%}" for t in r["turns"])
+        sizes = map(common.mb, (r["bytes_per_s"], r["other_bytes_per_s"]))
+        rows.append([
+            f"{r['model']} ({r['weights']})", f"{r['s_per_token']:.3f}", common.mb(r["read_bytes_per_token"]),
+            f"{r['read_share']:.3f}", *sizes, f"{r['share']:.1%}", turns,
+        ])  # fmt: skip
+    others = {r["other"] for r in result["rows"]}
+    return f"The other side: {', '.join(sorted(others))}, sequential.\n\n{markdown(rows)}"
+
+
 def kernels(result: dict[str, Any]) -> str:
     """One row per kernel, number of threads, dtype and number of rows."""
     rows = [["kernel", "threads", "dtype", "rows", "GB/s", "sweep GB/s", "share", "sweep in huge pages", "share"]]
@@ -229,7 +246,7 @@ def order(result: dict[str, Any]) -> str:
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "generate": generate, "cap": cap, "footprint": footprint, "load": load, "certified": certified,
-    "tokens": tokens, "reads": reads, "kernels": kernels, "scaling": scaling,
+    "tokens": tokens, "reads": reads, "bandwidth": bandwidth, "kernels": kernels, "scaling": scaling,
     "eviction": eviction, "order": order,
 }  # fmt: skip
 

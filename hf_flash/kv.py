@@ -11,11 +11,12 @@ import dataclasses
 import mmap
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from hf_flash.memory import untouched
@@ -101,12 +102,17 @@ class Watch:
         n_tokens: of all sequences together, that memory was planned for. token_bytes: keys and values of one.
         tell: called with the bytes that will be filled when the passes under way are done, or with None where nobody
             can say, and the tokens of those passes.
+        nested: the modules whose passes are watched, each a part of the one before.
     """
 
-    def __init__(self, n_tokens: int, token_bytes: int, tell: Tell | None = None) -> None:
+    def __init__(
+        self, n_tokens: int, token_bytes: int, tell: Tell | None = None, nested: Sequence[nn.Module] = ()
+    ) -> None:
         self._n_tokens, self._token_bytes, self._tell = n_tokens, token_bytes, tell
+        self._depth = {module: depth for depth, module in enumerate(nested)}
         self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
         self._passes: dict[int, _Pass | None] = {}  # under way, by thread; None: what it fills cannot be known
+        self._within: dict[int, list[nn.Module]] = {}  # by thread: the modules whose passes these are, outermost first
         self._lock = threading.Lock()
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -115,7 +121,15 @@ class Watch:
         with self._lock:
             self._adopt(cache)
             if self._tell is not None:
-                self._passes[threading.get_ident()] = _pass_of(cache, args, kwargs)
+                thread = threading.get_ident()
+                within, before = self._within.get(thread, []), self._passes.get(thread)
+                found = self._passes[thread] = _pass_of(cache, args, kwargs)
+                if within and self._depth.get(within[-1], 0) < self._depth.get(module, 0):
+                    within.append(module)  # a part of the pass that was told of; it may know more
+                    if found == before:
+                        return
+                else:
+                    self._within[thread] = [module]
                 n_tokens = sum(one.n_tokens for one in self._passes.values() if one is not None)
                 self._tell(self._bytes_after(), n_tokens)  # with the lock held: what is told later was found later
 
@@ -140,7 +154,9 @@ class Watch:
     def ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A hook: a cache that the model made itself is one that its next pass is called with."""
         with self._lock:
-            self._passes.pop(threading.get_ident(), None)
+            thread = threading.get_ident()
+            if self._within.get(thread, [None])[0] is module:
+                del self._within[thread], self._passes[thread]
             self._adopt(getattr(output, "past_key_values", None))
 
     def _adopt(self, cache: Any) -> None:
@@ -154,12 +170,16 @@ class Watch:
         return self
 
 
-def install(model: nn.Module, n_tokens: int, token_bytes: int = 0, tell: Tell | None = None) -> None:
+def install(model: PreTrainedModel, n_tokens: int, token_bytes: int = 0, tell: Tell | None = None) -> None:
     """Let every DynamicCache that a model is called with grow in place; arguments as of `Watch`."""
-    watch = Watch(n_tokens, token_bytes, tell)
-    model.register_forward_pre_hook(watch.begins, with_kwargs=True)
-    if tell is not None:
-        model.register_forward_hook(watch.ended)
+    # Parts that may be called without the model around them.
+    parts = (model.base_model, model.get_decoder()) if tell is not None else ()
+    nested = list(dict.fromkeys((model, *(part for part in parts if isinstance(part, nn.Module)))))
+    watch = Watch(n_tokens, token_bytes, tell, nested)
+    for module in nested:
+        module.register_forward_pre_hook(watch.begins, with_kwargs=True)
+        if tell is not None:
+            module.register_forward_hook(watch.ended)
 
 
 def _filled(cache: Cache, n_new: int) -> int | None:

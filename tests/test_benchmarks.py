@@ -24,6 +24,7 @@ QUESTIONS = (
     "certified",
     "tokens",
     "reads",
+    "bandwidth",
     "kernels",
     "scaling",
     "predicted",

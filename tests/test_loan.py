@@ -255,8 +255,14 @@ def test_every_cache_that_lives_counts(
         del static
         model(ids[:, :2], past_key_values=DynamicCache())
         assert lent(model) == free
-        model(ids[:, :2], None, DynamicCache())  # somewhere among the arguments
-        assert lent(model) == 0
+        model(ids[:, :2], None, DynamicCache())  # somewhere among the arguments: the part that it is given to says it
+        assert lent(model) == free
+        cache = DynamicCache()
+        model.base_model(ids[:, :2], past_key_values=cache)  # without the model around it
+        assert lent(model) == free
+        model.base_model(torch.arange(5, 205)[None], past_key_values=cache)
+        held_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        assert free - lent(model) >= held_bytes * 2 // 3, "a page was counted ahead, not more"
 
 
 def test_what_another_thread_is_about_to_fill_counts() -> None:
