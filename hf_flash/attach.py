@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_flash import attention, early, kv, lookahead
 from hf_flash.balance import Balance
-from hf_flash.budget import MAX_CHUNK_BYTES, Demand, Layer, Matrix, Plan, make_plan, settle
+from hf_flash.budget import Demand, Layer, Matrix, Plan, make_plan, settle
 from hf_flash.cache import NeuronCache
 from hf_flash.checkpoint import Located, unique_parameters
 from hf_flash.config import DEFAULT_CONTEXT, FlashConfig
@@ -569,6 +569,3 @@ def plan_for(
     """
     demand = demand_of(model, blocks, geometry, config, located)
     return make_plan(demand, config.cap(), "residents" not in config.without), demand
-
-
-assert MAX_CHUNK_BYTES % 4096 == 0

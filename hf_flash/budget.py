@@ -17,7 +17,7 @@ from hf_flash.layout import chunk_rows, format_size, spread
 from hf_flash.memory import round_up, shared_bytes
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = (4 << 20) - 8192, 256 << 10  # a buffer of the ring, 8 KiB longer, fills huge pages
-N_BUFFERS = 8
+MIN_BUFFERS, MAX_BUFFERS = 8, 16  # of the ring
 WANTED = (
     0.147,
     0.089,
@@ -248,7 +248,7 @@ def _divide(demand: Demand, memory: int, chunk: int, residents: bool = True) -> 
     streams = (_choice(rest, n, lookups, sparse) for n in range(len(rest) if residents else 0, -1, -1))
     for choice in (whole, *streams) if residents else streams:
         needs_ring = sweeps or any(not m.lookup for m in choice.streamed)
-        ring = _ring_bytes(demand, choice.streamed, chunk) if needs_ring else 0
+        ring = _ring_bytes(demand, choice.streamed, memory, chunk) if needs_ring else 0
         left = spare - choice.resident_bytes - ring - predictors
         bits, sketches = _sketch_bits(sparse, left, choice.least_bytes)
         if choice.least_bytes + sketches <= left:
@@ -320,10 +320,15 @@ def _scratch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int, memory: 
     return batches + books + max(layer.gate_scratch_bytes for layer in sparse)
 
 
-def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], chunk: int) -> int:
+def _n_buffers(memory: int, chunk: int) -> int:
+    """Chunks in flight or in use: more where they cost little and layers are long, whose pinned rows come first."""
+    return min(MAX_BUFFERS, max(MIN_BUFFERS, memory // 64 // chunk)) if chunk == MAX_CHUNK_BYTES else MIN_BUFFERS
+
+
+def _ring_bytes(demand: Demand, streamed: Sequence[Matrix], memory: int, chunk: int) -> int:
     sizes = [layer.row_bytes for layer in demand.layers] + [m.row_bytes for m in streamed if not m.lookup]
     longest = max((max(size, chunk // size * size) for size in sizes), default=chunk)
-    return shared_bytes([round_up(longest, 4096) + 8192] * N_BUFFERS)
+    return shared_bytes([round_up(longest, 4096) + 8192] * _n_buffers(memory, chunk))
 
 
 def _finish(
@@ -350,7 +355,7 @@ def _finish(
         gates={layer.path: layer.gate for layer in demand.layers},
         pinned_rows=pinned, slots=slots, gate_bits=bits, streamed=[m.path for m in choice.streamed],
         packed=[m.path for m in choice.packed], unpacked=choice.unpacked, bytes_per_token=read,
-        chunk_bytes=chunk, n_buffers=N_BUFFERS, batch_bytes=_batch_bytes(memory, chunk),
+        chunk_bytes=chunk, n_buffers=_n_buffers(memory, chunk), batch_bytes=_batch_bytes(memory, chunk),
         max_tokens=demand.max_tokens, context=demand.context, batch_size=demand.batch_size,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 
 from hf_flash.checkpoint import WEIGHTS_INDEX, WEIGHTS_NAME, load_json
 from hf_flash.errors import CheckpointError, HubError
+from hf_flash.format import read_header
 from hf_flash.store import GATES_NAME, INDEX_NAME, names_in_index
 
 REPO_NAME = re.compile(r"[A-Za-z0-9]([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?")  # what could be a repo on the Hub
@@ -205,12 +206,14 @@ def push(
         The URL of the commit.
 
     Raises:
-        CheckpointError: the folder is incomplete. HubError: the upload failed.
+        CheckpointError: the folder is incomplete, or a file of it is torn. HubError: the upload failed.
     """
     path = Path(folder)
     missing = missing_files(path)
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}. Repack it before pushing.")
+    for file in sorted(path.glob("*.safetensors")):
+        read_header(file)  # nobody is to download a torn one
     try:
         api = huggingface_hub.HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -112,6 +112,16 @@ def test_push_refuses_an_incomplete_folder(the_hub: FakeHub, stock: Path, tmp_pa
     assert "user/repo" not in the_hub.repos
 
 
+@pytest.mark.parametrize("name", [SHARDS[1], "gates.safetensors", "model.safetensors"])
+def test_push_refuses_a_torn_file(the_hub: FakeHub, stock: Path, tmp_path: Path, name: str) -> None:
+    folder = hf_flash.repack(stock, tmp_path / "flash", max_shard_size="50KB", progress=False)
+    path = next(iter(folder.glob(name)), None) or next(folder.glob("model-00002-*"))
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=f"{path.name} is truncated"):
+        hf_flash.push(folder, "user/repo", token=TOKEN)
+    assert "user/repo" not in the_hub.repos
+
+
 def test_push_without_login_says_so(the_hub: FakeHub, flash: Path) -> None:
     with pytest.raises(HubError, match="hf auth whoami"):
         hf_flash.push(flash, "user/repo")
