@@ -130,7 +130,7 @@ class Stream:
             if n_rows == self._units[unit].n_rows and unit in self._order:
                 self._order.remove(unit)
                 self._relink()
-            self._choose()
+            self._choose(self._n_lent)
 
     @property
     def ring_bytes(self) -> int:
@@ -168,15 +168,25 @@ class Stream:
         with self.lock:
             n = min(n, self._most_lent)
             with contextlib.nullcontext() if self._ring is None else self._ring.still():
-                fewer, before = n < self._n_lent, self._n_lent
+                # Wherever Ctrl-C comes, no more chunks are to stay than there is room for besides the ring.
+                if n < self._n_lent:
+                    self._choose(n)
+                    self._resize(n)
+                else:
+                    self._resize(n)
+                    self._choose(n)
                 self._n_lent = n
-                if self._ring is not None:
-                    self._ring.lend(n)
-                elif fewer:
-                    self._withdraw(self._n_buffers + n)
-                elif self._free or self._pending or self._kept:
-                    self._free += [(self._n_buffers + i, self._lent.pieces[i]) for i in range(before, n)]
-                self._choose()
+
+    def _resize(self, n: int) -> None:
+        """Have the memory of n lent buffers, from now on."""
+        if self._ring is not None:
+            self._ring.lend(n)
+        elif n < self._n_lent:
+            self._withdraw(self._n_buffers + n)
+        elif self._free or self._pending or self._kept:
+            used = {one.number for one in (*self._pending, *self._kept.values())} | {number for number, _ in self._free}
+            rest = enumerate(self._lent.pieces[:n], start=self._n_buffers)
+            self._free += [(number, piece) for number, piece in rest if number not in used]
 
     def _withdraw(self, first: int) -> None:
         """Lose the buffers from a number on, and what is in them."""
@@ -186,8 +196,8 @@ class Stream:
         self._free = [(number, buffer) for number, buffer in self._free if number < first]
         self._lent.shrink(first - self._n_buffers)
 
-    def _choose(self) -> None:
-        """Which chunks are to stay: spread over what is streamed, so that reads go on while they are computed with."""
+    def _choose(self, n: int) -> None:
+        """Say which n chunks are to stay: spread over all, so that reads go on while they are computed with."""
         streamed = [
             (unit, row // self._table[unit].step)
             for unit in self._order
@@ -195,7 +205,7 @@ class Stream:
                 max(self._table[unit].first, self._table[unit].keep), self._units[unit].n_rows, self._table[unit].step
             )
         ]
-        self._wanted = {streamed[i] for i in spread(len(streamed))[: self._n_lent]}
+        self._wanted = {streamed[i] for i in spread(len(streamed))[:n]}
         for chunk in [chunk for chunk in self._kept if chunk not in self._wanted]:
             kept = self._kept.pop(chunk)
             self._free.append((kept.number, kept.buffer))
