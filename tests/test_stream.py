@@ -89,19 +89,24 @@ class Ring:
     def is_whole(self) -> bool:
         """No buffer got lost or was made twice."""
         if self.stream._ring is not None:
-            slots = self.stream._ring._slots
-            n, line = self.stream._ring._s.n_slots, self.stream._ring._line[: self.stream._ring._s.n_line]
-            stays = [slot for unit in self.stream._ring._stays for slot in unit if slot >= 0]
-            return (
-                n == self.stream._n_buffers + self.stream.n_lent
-                and sorted(line) == [i for i, slot in enumerate(slots) if slot.batch and not slot.taken]
-                and sorted(stays) == [i for i, slot in enumerate(slots) if slot.kept]
-                and max([*line, *stays], default=0) < n
-            )
+            with self.stream._ring.still():  # what is looked at must not change meanwhile
+                return self._ring_is_whole()
         used = [*self.stream._pending, *self.stream._kept.values()]
         buffers = [*(buffer for _, buffer in self.stream._free), *(one.buffer for one in used)]
         n = self.stream._n_buffers + self.stream.n_lent
         return len({b.data_ptr() for b in buffers}) == len(buffers) and len(buffers) in (0, n)  # 0: not allocated yet
+
+    def _ring_is_whole(self) -> bool:
+        ring = self.stream._ring
+        assert ring is not None
+        slots, n, line = ring._slots, ring._s.n_slots, ring._line[: ring._s.n_line]
+        stays = [slot for unit in ring._stays for slot in unit if slot >= 0]
+        return (
+            n == self.stream._n_buffers + self.stream.n_lent
+            and sorted(line) == [i for i, slot in enumerate(slots) if slot.batch and not slot.taken]
+            and sorted(stays) == [i for i, slot in enumerate(slots) if slot.kept]
+            and max([*line, *stays], default=0) < n
+        )
 
 
 @settings(max_examples=150, deadline=None)
@@ -313,9 +318,7 @@ def test_a_helped_ring_gives_the_right_rows(
     """A thread that starts reads whenever it likes: `use` compares each row with the file, and no buffer gets lost."""
     ring = Ring(file, units, reader=uring, **sizes)
     for _ in walk([ring], steps):
-        if ring.stream._ring is not None:
-            with ring.stream._ring.still():
-                assert ring.is_whole()
+        assert ring.is_whole()
     ring.stream.release()
 
 
