@@ -136,14 +136,14 @@ class Ours:
             raise SystemExit(f"reads: wrong bytes at {self.size} bytes a read")
 
 
-def fio_run(path: Path, size: int, depth: int, seconds: float) -> dict[str, float]:
+def fio_run(path: Path, size: int, depth: int, seconds: float, in_order: bool = False) -> dict[str, float]:
     """fio on the same file; its own clock and its own CPU figures, so its start is not charged.
 
     Ours reads into transparent huge pages; fio can have huge pages too, where some are reserved (vm.nr_hugepages).
     """
     command = [
         "fio", "--name=reads", f"--filename={path}", "--ioengine=io_uring", "--direct=1", f"--bs={size}",
-        f"--rw={'read' if size >= common.MIB else 'randread'}", f"--iodepth={depth}", "--time_based",
+        f"--rw={'read' if in_order or size >= common.MIB else 'randread'}", f"--iodepth={depth}", "--time_based",
         f"--runtime={max(1, round(seconds * 1000))}ms", "--norandommap", "--gtod_reduce=1", "--output-format=json",
         *(["--iomem=mmaphuge"] if size * depth <= reserved_bytes() else []),
     ]  # fmt: skip

@@ -87,7 +87,7 @@ def _reads(preview: Preview, plan: Plan) -> list[str]:
         reads = ["nothing, once the cache is warm: everything fits into this cap"]
     lines.append(f"read per new token: {' and '.join(reads)}")
     lent = plan.parts["KV cache"] + plan.parts["activations"]
-    if plan.bytes_per_token and reads and not preview.skeleton.config.is_encoder_decoder:
+    if plan.bytes_per_token and not preview.skeleton.config.is_encoder_decoder:
         least, full = (format_size(max(0, plan.bytes_per_token - n)) for n in (lent, 0))
         lines.append(f"while the context is short about {least} instead of {full}: what it does not fill holds weights")
     return lines

@@ -53,9 +53,8 @@ def test_no_more_is_lent_than_is_not_filled(filled: list[int | None], n_own: int
 
 @dataclasses.dataclass
 class Chunks:
-    """Stands for a Stream; notes the most that it had together with others."""
+    """Stands for a Stream."""
 
-    others: list[Lender]
     most_lent: int
     buffer_bytes: int = (4 << 20) - 4096
     n_lent: int = 0
@@ -71,7 +70,7 @@ class Chunks:
 def test_the_stream_has_it_first(filled: list[int | None], most_lent: int) -> None:
     planned, token = 200 << 20, 200_000
     lender, seen = Lender(10_000), []
-    chunks = Chunks([lender], most_lent)
+    chunks = Chunks(most_lent)
     true_lend, true_more = Lender.lend, Chunks.lend
 
     def lend(self: Lender, n: int) -> None:

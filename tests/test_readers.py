@@ -331,8 +331,7 @@ def test_the_reader_of_a_name() -> None:
 FORKED = """
 import os, sys
 from hf_flash.errors import ReadError
-from hf_flash.memory import aligned_empty, view_bytes
-from hf_flash.readers import Read, UringReader
+from hf_flash.readers import UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import Extent2D
 from hf_flash.stream import Stream
