@@ -48,7 +48,7 @@ class Loan:
             self._stream.lend(n_chunks)
 
     def _chunks(self, spare: int) -> int:
-        """How many chunks are to stay; the number that does where the difference is not worth a change."""
+        """How many chunks are to stay."""
         stream = self._stream
         if stream is None or not stream.most_lent:
             return 0
@@ -56,8 +56,7 @@ class Loan:
             min(stream.most_lent, max(0, n // HUGE_BYTES * HUGE_BYTES) // stream.buffer_bytes)
             for n in (spare, spare - self._ahead_bytes)
         )
-        worth = (fewer - stream.n_lent) * stream.buffer_bytes >= LEAST_BYTES
-        return fewer if stream.n_lent > most or worth else stream.n_lent
+        return _changed(stream.n_lent, most, fewer, stream.buffer_bytes)
 
     def _stream_bytes(self, n_chunks: int) -> int:
         return 0 if self._stream is None else round_up(n_chunks * self._stream.buffer_bytes, HUGE_BYTES)
@@ -66,11 +65,17 @@ class Loan:
         for balance, share in zip(self._balances, self._shares, strict=True):
             most = _slots(balance, share * spare)
             fewer = _slots(balance, share * (spare - self._ahead_bytes))
-            if balance.n_lent > most or (fewer - balance.n_lent) * balance.row_bytes >= LEAST_BYTES:
-                balance.lend(fewer)
+            n = _changed(balance.n_lent, most, fewer, balance.row_bytes)
+            if n != balance.n_lent:
+                balance.lend(n)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loan:
         return self
+
+
+def _changed(n_lent: int, most: int, fewer: int, n_bytes: int) -> int:
+    """How many pieces of so many bytes to lend: those that are lent, where another number is not worth a change."""
+    return fewer if n_lent > most or (fewer - n_lent) * n_bytes >= LEAST_BYTES else n_lent
 
 
 def _slots(balance: Balance, n_bytes: float) -> int:

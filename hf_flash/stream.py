@@ -119,7 +119,7 @@ class Stream:
 
     def pin_first(self, unit: int, n_rows: int) -> None:
         """Stop streaming the first `n_rows` of a unit (whole chunks, or all rows): the caller holds them now."""
-        with self.lock, contextlib.nullcontext() if self._ring is None else self._ring.still():
+        with self.lock, self._still():
             step = self.chunk_rows(unit)
             assert n_rows % step == 0 or n_rows == self._units[unit].n_rows
             if self._ring is not None:
@@ -165,17 +165,20 @@ class Stream:
 
     def lend(self, n: int) -> None:
         """Let n chunks stay in lent memory, more or fewer than so far; what is taken back is the system's on return."""
-        with self.lock:
-            n = min(n, self._most_lent)
-            with contextlib.nullcontext() if self._ring is None else self._ring.still():
-                # Wherever Ctrl-C comes, no more chunks are to stay than there is room for besides the ring.
-                if n < self._n_lent:
-                    self._choose(n)
-                    self._resize(n)
-                else:
-                    self._resize(n)
-                    self._choose(n)
-                self._n_lent = n
+        n = min(n, self._most_lent)
+        with self.lock, self._still():
+            # Wherever Ctrl-C comes, no more chunks are to stay than there is room for besides the ring.
+            if n < self._n_lent:
+                self._choose(n)
+                self._resize(n)
+            else:
+                self._resize(n)
+                self._choose(n)
+            self._n_lent = n
+
+    def _still(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which no thread of the ring's reads ahead."""
+        return contextlib.nullcontext() if self._ring is None else self._ring.still()
 
     def _resize(self, n: int) -> None:
         """Have the memory of n lent buffers, from now on."""

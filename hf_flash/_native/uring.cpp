@@ -66,11 +66,15 @@ struct Watcher {
     }
   }
 
-  void end() {  // nobody is told any more
+  void forget() {  // nobody is told any more
+    std::lock_guard<std::mutex> hold(mutex);
+    watches.clear();
+  }
+
+  void end() {
     {
       std::lock_guard<std::mutex> hold(mutex);
       ends = true;
-      watches.clear();
     }
     const uint64_t one = 1;
     if (write(event, &one, sizeof one) == sizeof one) thread.join();
@@ -267,10 +271,7 @@ extern "C" {
 
 void hf_flash_ring_close(void *handle) {
   Ring *r = static_cast<Ring *>(handle);
-  if (r->watcher) {  // whoever watches starts no reads from here on
-    std::lock_guard<std::mutex> hold(r->watcher->mutex);
-    r->watcher->watches.clear();
-  }
+  if (r->watcher) r->watcher->forget();  // whoever watches starts no reads from here on
   {
     std::lock_guard<std::mutex> hold(r->mutex);  // what is in flight writes into memory that is not ours to free
     while (r->fd >= 0 && r->cq_map != MAP_FAILED && (r->in_flight || !r->line.empty())) {
