@@ -26,11 +26,13 @@ def read_tokens(model: Any, ids: Any) -> Any:
     """Feed `ids` one by one with a KV cache; returns the logits, [n_tokens, vocab]."""
     import torch
 
-    rows, past = [], None
+    from hf_flash.kv import carried
+
+    rows, past = [], {}
     with torch.no_grad():
         for i in range(ids.shape[1]):
-            out = model(ids[:, i : i + 1], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(ids[:, i : i + 1], **past, use_cache=True)
+            past = carried(out)
             rows.append(out.logits[0, -1].float())
     return torch.stack(rows)
 

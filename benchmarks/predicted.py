@@ -60,11 +60,13 @@ def one_by_one(model: Any, row: Any) -> float:
     """Feed a sequence token by token with a KV cache; returns the sum of its negative log likelihoods."""
     import torch
 
-    past, total = None, 0.0
+    from hf_flash.kv import carried
+
+    past, total = {}, 0.0
     with torch.inference_mode():
         for i in range(len(row) - 1):
-            out = model(row[None, i : i + 1], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = model(row[None, i : i + 1], **past, use_cache=True)
+            past = carried(out)
             total -= float(out.logits[0, -1].float().log_softmax(-1)[row[i + 1]])
     return total
 

@@ -56,6 +56,19 @@ class Slots:
         discard(self.rows[first:].view(-1))
 
 
+class _Field:
+    """An integer of a cache that native code sees and changes, too: a place in its `state`."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def __get__(self, cache: NeuronCache, owner: type) -> int:
+        return int(cache.state[self._at])
+
+    def __set__(self, cache: NeuronCache, value: int) -> None:
+        cache.state[self._at] = value
+
+
 class NeuronCache:
     """Slots for the bundles of one layer.
 
@@ -72,15 +85,19 @@ class NeuronCache:
     Attributes:
         n_slots: slots that are this layer's now. n_used: of those, how many hold a neuron.
         largest: the most neurons that a pass of few tokens wanted lately.
+        state: [4] these three and the window's clock, where native code finds them.
     """
+
+    n_slots, n_used, largest = _Field(0), _Field(1), _Field(3)
+    _CLOCK = 2
 
     def __init__(
         self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats,
         slots: Slots | None = None, first: int = 0, keeps: bool = True,
     ) -> None:  # fmt: skip
-        self._keeps = keeps
+        self.state, self._keeps = np.zeros(4, np.int64), keeps
         self._store, self.layer, self._stats = store, layer, stats
-        self._window, self.n_used = window, 0
+        self._window = window
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
         self.begin(n_slots, slots, first)
@@ -103,25 +120,25 @@ class NeuronCache:
         self._owned = np.full(self.layer.n_neurons, -1, dtype=np.int64)  # this layer's slots; used ones come first
         self._owned[: self.n_slots] = np.arange(first, first + self.n_slots)
         self._stats.add(cache_bytes=-self.n_used * row_bytes)
-        self.n_used = 0
-        self.window = Window(self.layer.n_neurons, self._window)
+        clock = self.state[self._CLOCK : self._CLOCK + 1]
+        self.n_used = clock[0] = 0
+        self.window = Window(self.layer.n_neurons, self._window, time=clock)
 
     def books(self) -> tuple[IntArray, IntArray, IntArray]:
         """Slot of each neuron [n_neurons] and neuron in each slot, -1 for none; slots owned: for the native step."""
         return self._slot_of, self.slots.neuron_of, self._owned
 
-    def took(self, n_used: int, clock: int) -> None:
-        """The native step has kept the books: so many slots are in use now, and so late it is."""
-        if n_used != self.n_used:
-            self._stats.add(cache_bytes=(n_used - self.n_used) * self.layer.layout.row_bytes)
-        self.n_used, self.window.clock = n_used, clock
+    def _now_used(self, n_used: int) -> None:
+        """So many slots are in use now."""
+        self._stats.add(cache_bytes=(n_used - self.n_used) * self.layer.layout.row_bytes)
+        self.n_used = n_used
 
     def pass_begins(self, n_tokens: int) -> None:
         """A pass of `n_tokens` tokens begins. Hold `lock`."""
         self.window.tick(n_tokens)
         if not self._keeps:
             self._drop(self._owned[: self.n_used])
-            self.took(0, self.window.clock)
+            self._now_used(0)
 
     def cached(self, neurons: IntArray) -> IntArray:
         """Slots of some neurons, -1 where they are not in DRAM. [n] -> [n]"""
@@ -215,7 +232,7 @@ class NeuronCache:
         self._owned[: self.n_slots - n] = np.concatenate([np.delete(used, victims), given[n:]])
         self._drop(given[: len(victims)])
         self.n_slots -= n
-        self.took(self.n_used - len(victims), self.window.clock)
+        self._now_used(self.n_used - len(victims))
         return given[:n]
 
     def receive(self, slots: IntArray) -> None:
@@ -233,7 +250,7 @@ class NeuronCache:
         left = owned[stays]  # used ones still come first
         self._owned[: len(left)] = left
         self.n_slots = len(left)
-        self.took(n_used, self.window.clock)
+        self._now_used(n_used)
 
     def _take_slots(self, n: int, wanted: IntArray) -> IntArray:
         """Slots for n neurons more: unused ones, then those of the neurons that are worth least and not wanted."""

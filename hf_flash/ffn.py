@@ -100,7 +100,8 @@ class FlashFFN(nn.Module):
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash."""
         block = self.block
-        gate, up, down = self._stored(block.gate), self._stored(block.up), self._stored(block.down)
+        gate = None if block.gate is None else self._stored(block.gate)
+        up, down = self._stored(block.up), self._stored(block.down)
         if self.order is not None:
             gate, up = self._in_order(gate, False), self._in_order(up, True)
         return ops.Biases(gate, up, down)
@@ -112,7 +113,7 @@ class FlashFFN(nn.Module):
         owner: Any = self
         if self.block.inline:
             owner = self.down_stub if part is self.block.down else self
-            return owner.bias  # type: ignore[no-any-return]
+            return owner._parameters["bias"]  # type: ignore[no-any-return]
         *path, name = self._bias_path[part.bias].split(".")
         for inner in path:
             owner = owner._modules[inner]
@@ -138,27 +139,27 @@ class FlashFFN(nn.Module):
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
         if torch.compiler.is_compiling():
             return self._untraced(x, *residual)
-        begun = time.perf_counter()
-        if self.engine is None:
+        begun = 0.0 if trace.active is None else time.perf_counter()
+        engine = self.engine
+        if engine is None:
             raise FlashError(
                 f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
                 "call hf_flash.patch(model)."
             )
-        if self.stats is not None:
-            self._count(x.numel() // x.shape[-1])
-        for call in self.on_pass:
-            call()
+        if self.stats is not None or self.on_pass:
+            self._begin_pass(x.numel() // x.shape[-1])
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             x = self.cast(x)
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
         else:
-            x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-            biases = self.biases() if self._is_biased else ops.NO_BIASES
-            y = self.engine.forward(x, self.own_activation, biases)
+            if self.compute_dtype is not None:
+                x = x.to(self.compute_dtype)
+            act = self._hidden_act[0] if self._hidden_act else self.own_activation
+            y = engine.forward(x, act, self.biases() if self._is_biased else ops.NO_BIASES)
         if residual and self.block.takes_residual:
             y = y + residual[0]
-        if trace.active is not None:
+        if begun and trace.active is not None:
             trace.active.add(trace.FFN, begun, time.perf_counter(), self.block.path)
         return y
 
@@ -170,13 +171,15 @@ class FlashFFN(nn.Module):
         """`x` in the dtype that the stock block would compute in."""
         return ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _count(self, n_tokens: int) -> None:
+    def _begin_pass(self, n_tokens: int) -> None:
         """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""
-        assert self.stats is not None
-        self.stats.add(n_tokens=n_tokens, n_forwards=1)
-        if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
-            trim_malloc()
-        self.trim = n_tokens > MAX_TOKENS
+        if self.stats is not None:
+            self.stats.add(n_tokens=n_tokens, n_forwards=1)
+            if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
+                trim_malloc()
+            self.trim = n_tokens > MAX_TOKENS
+        for call in self.on_pass:
+            call()
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         """The block's output, with a gradient where one is wanted."""

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from hf_flash.memory import untouched
 
 Tell = Callable[[int | None, int], None]
+CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument and of its output: since transformers 5.24, before
 PAGE_TOKENS = 64  # of a head in a page, or fewer: each head begins a page of its own
 
 
@@ -37,23 +38,38 @@ class GrowingLayer(DynamicLayer):
 
     n_reserved = 0
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
+    # What `keys` and `values` were set to last, and the shapes of what was appended then: if nothing else was done
+    # since, as from token to token, there is nothing to find out.
+    _last: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens' keys and values, [batch, n_heads, n, head_dim]; returns those of all tokens."""
+        last, rooms = self._last, self._rooms
+        if (
+            last is not None and rooms is not None and self.keys is last[0] and self.values is last[1]
+            and key_states.shape == last[2] and value_states.shape == last[3] and not torch.is_grad_enabled()
+            and key_states.dtype is rooms[0].dtype and value_states.dtype is rooms[1].dtype
+            and last[0].shape[2] + last[2][2] <= min(rooms[0].shape[2], rooms[1].shape[2])
+        ):  # fmt: skip
+            self.keys = _append(rooms[0], last[0], key_states)
+            self.values = _append(rooms[1], last[1], value_states)
+            self._last = self.keys, self.values, last[2], last[3]
+            return self.keys, self.values
+        self._last = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         if not (_can_append(self.keys, key_states) and _can_append(self.values, value_states)):
             return super().update(key_states, value_states, *args, **kwargs)
-        rooms = self._rooms or (None, None)
-        self._rooms = (
-            _room(rooms[0], self.keys, key_states, self.n_reserved),
-            _room(rooms[1], self.values, value_states, self.n_reserved),
-        )
-        self.keys = _append(self._rooms[0], self.keys, key_states)
-        self.values = _append(self._rooms[1], self.values, value_states)
+        before = rooms or (None, None)
+        more_keys = _room(before[0], self.keys, key_states, self.n_reserved)
+        more_values = _room(before[1], self.values, value_states, self.n_reserved)
+        self._rooms = more_keys, more_values
+        self.keys = _append(more_keys, self.keys, key_states)
+        self.values = _append(more_values, self.values, value_states)
+        self._last = self.keys, self.values, key_states.shape, value_states.shape
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -68,13 +84,13 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._rooms = None
+        self._rooms = self._last = None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens, not the room for more."""
         held = {name: t.clone() for name in ("keys", "values") if (t := getattr(self, name, None)) is not None}
-        return {**vars(self), "_rooms": None, **held}
+        return {**vars(self), "_rooms": None, "_last": None, **held}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +100,16 @@ class _Pass:
     cache: weakref.ref[Any] | None
     n_sequences: int
     n_tokens: int
+
+
+def _cache_of(get: Callable[[str], Any]) -> Any:
+    """The cache among what a model is called with, or gives back; None for none."""
+    return next((found for name in CACHE_NAMES if (found := get(name)) is not None), None)
+
+
+def carried(output: Any) -> dict[str, Any]:
+    """The cache that a model gave back, as it is to be called with next: named as this transformers names it."""
+    return next({name: found} for name in CACHE_NAMES if (found := getattr(output, name, None)) is not None)
 
 
 def _pass_of(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass | None:
@@ -117,7 +143,7 @@ class Watch:
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook: let the cache of a pass grow in place, and tell what all of them take."""
-        cache = kwargs.get("past_key_values")
+        cache = _cache_of(kwargs.get)
         with self._lock:
             self._adopt(cache)
             if self._tell is not None:
@@ -157,7 +183,7 @@ class Watch:
             thread = threading.get_ident()
             if self._within.get(thread, [None])[0] is module:
                 del self._within[thread], self._passes[thread]
-            self._adopt(getattr(output, "past_key_values", None))
+            self._adopt(_cache_of(lambda name: getattr(output, name, None)))
 
     def _adopt(self, cache: Any) -> None:
         if isinstance(cache, EncoderDecoderCache):

@@ -56,15 +56,22 @@ class OnFlashLinear(_OnFlash):
         """The weight, some rows at a time: (start, stop, [stop - start, in_features]), each valid until the next."""
         raise NotImplementedError
 
-    @torch.compiler.disable  # a read is not to be traced
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], as nn.Linear."""
-        x = autocast_input(x)
-        bias = self.bias
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            y: torch.Tensor = _LinearFunction.apply(x, self, bias)
-            return y
+        if torch.compiler.is_compiling():
+            return self._untraced(x)
+        if torch.is_autocast_enabled("cpu"):
+            x = autocast_input(x)
+        if torch.is_grad_enabled():
+            bias = self.bias
+            if x.requires_grad or (bias is not None and bias.requires_grad):
+                y: torch.Tensor = _LinearFunction.apply(x, self, bias)
+                return y
         return self.compute(x)
+
+    @torch.compiler.disable  # a read is not to be traced; around `forward` it would cost as much as all of it
+    def _untraced(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         y = x.new_empty(*x.shape[:-1], self.out_features)
@@ -105,8 +112,9 @@ class PackedLinear(OnFlashLinear):
             exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
         """
         self._exact = exact
-        if exact:
-            ordered.agrees(self.out_features, self.in_features)  # now, not when the first token waits
+        self._n_threads = torch.get_num_threads()
+        # Found out now, not when the first token waits.
+        self._agrees = exact and ordered.agrees(self.out_features, self.in_features)
         self.matrix = read_matrix(reader, rows)
 
     @contextlib.contextmanager
@@ -122,21 +130,22 @@ class PackedLinear(OnFlashLinear):
             yield start, stop, self.matrix.unpack(start, stop, out)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        n_tokens = x.numel() // self.in_features
-        if self._exact and n_tokens == 1 and self._can_order(x):
-            bias = None if self.bias is None else self.bias.detach()
-            out = self.matrix.matvec(x.reshape(-1).contiguous(), bias)
-            return out.view(*x.shape[:-1], self.out_features)
-        if self._exact or n_tokens > native.MAX_TOKENS or x.dtype not in native.CODES or not native.available():
+        bias, most = self._parameters["bias"], self.in_features if self._exact else native.MAX_TOKENS * self.in_features
+        if x.numel() > most:
             return super().compute(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self.matrix.linear(x.reshape(n_tokens, self.in_features), bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self._exact:
+            if x.numel() == most and self._can_order(x, bias):
+                return self.matrix.matvec(x if x.is_contiguous() else x.contiguous(), bias)
+        elif x.dtype in native.CODES and native.library() is not None:
+            return self.matrix.linear(x, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
+        return super().compute(x)
 
-    def _can_order(self, x: torch.Tensor) -> bool:
+    def _can_order(self, x: torch.Tensor, bias: torch.Tensor | None) -> bool:
         """Whether the ordered kernel gives torch's bits for this input."""
-        plain = x.dtype == torch.bfloat16 and (self.bias is None or self.bias.dtype == x.dtype)
-        return plain and ordered.agrees(self.out_features, self.in_features)
+        if torch.get_num_threads() != self._n_threads:
+            self._n_threads = torch.get_num_threads()
+            self._agrees = ordered.agrees(self.out_features, self.in_features)
+        return self._agrees and x.dtype is torch.bfloat16 and (bias is None or bias.dtype is x.dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {_bits(self)}"

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from hf_flash import native
-from hf_flash.early import Trial
 from hf_flash.ffn import FlashFFN
 from hf_flash.gates import PredictedGate, Predictor
 from hf_flash.sparse import SparseEngine
+from hf_flash.trial import Trial
 
 
 class Lookahead:

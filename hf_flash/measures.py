@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_flash import kv
 from hf_flash.errors import CheckpointError, TextError
 from hf_flash.ffn import FlashFFN
 from hf_flash.scoring import NO_TARGET, Scorer
@@ -256,7 +257,7 @@ def decode(model: Any, ids: torch.Tensor, n_prompt: int, stats: FlashStats | Non
     before = {} if stats is None else stats.counters()
     nats, n = 0.0, len(ids) - n_prompt - 1
     for i in range(n_prompt, n_prompt + n):
-        out = model(input_ids=ids[None, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids[None, i : i + 1], **kv.carried(out), use_cache=True)
         nats += float(out.logits[0, -1].float().log_softmax(-1)[ids[i + 1]])
         bar.update()
     perplexity = math.exp(-nats / n)

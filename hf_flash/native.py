@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 6
+ABI = 7
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -57,15 +58,14 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I
     lib.hf_flash_gate.argtypes = [
-        _P, _I, _I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _F, _F, _F, _F, _F, _F, _F, _F, _P, _P, _P, _P,
+        _P, _I, _I, _I, *[_P] * 9, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
     ]  # fmt: skip
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
-    for step in (lib.hf_flash_step, lib.hf_flash_step_on):
-        step.restype = _N
-        step.argtypes = [_P, _P, _I, _N, _P]
-    lib.hf_flash_step_early.restype = _N
-    lib.hf_flash_step_early.argtypes = [_P, _P, _I, _N]
+    lib.hf_flash_step.restype = _N
+    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N]
+    lib.hf_flash_step_on.restype = _N
+    lib.hf_flash_step_on.argtypes = [_P, _P, _I, _N, _P]
     lib.hf_flash_step_land.restype = _N
     lib.hf_flash_step_land.argtypes = [_P]
     lib.hf_flash_pack.restype = _I
@@ -229,7 +229,7 @@ def sparse_ffn(
 def gate(
     x: torch.Tensor, sketch: Any, offset: torch.Tensor, bias: torch.Tensor | None, tail: float | None,
     gamma: float, per_norm: float, tiny: float, unit: float, threshold: float, judged: tuple[float, float],
-    decided: torch.Tensor | None = None,
+    decided: torch.Tensor | None = None, upper_tail: float = math.nan,
 ) -> tuple[IntArray, torch.Tensor]:  # fmt: skip
     """Which neurons cannot be proved silent. Reference: `CertifiedGate.upper`, which has the same quantities.
 
@@ -244,6 +244,7 @@ def gate(
         gamma, per_norm, tiny, unit, threshold: as in `CertifiedGate`.
         judged: largest entries between which a token is judged.
         decided: [n] bool, neurons that need not be looked at; none without.
+        upper_tail: as in `CertifiedGate`, negative for the deterministic bound; without, all bits are looked at.
 
     Returns:
         Sorted neurons that any token wants; [n] uint8, 1 where the last one does, else 2 where the last 8 do, 3 the 8
@@ -261,7 +262,7 @@ def gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
         sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), pointer(bias), sketch.bits,
         -1.0 if tail is None else tail, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
-        marks.data_ptr(), None, None,
+        marks.data_ptr(), upper_tail, None, None, None, None,
     )  # fmt: skip
     if trace.active is not None:
         trace.active.add(trace.GATE_SCAN, start, time.perf_counter(), neurons=n, native=True)

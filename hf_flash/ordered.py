@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hf_flash import native
 from hf_flash.ops import Activation
 from hf_flash.packing import BLOCK, Packing, choose_base, count_exponents, pack
-from hf_flash.tight import Tight
+from hf_flash.tight import Tight, output_like
 
 MULTIPLE = 8  # neurons of a chunk, but for the last one
 _PROOF_BYTES = 16 << 20  # of weights that a comparison is made with; larger matrices are compared with fewer rows
@@ -65,16 +65,16 @@ def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Te
     """Packed rows times one token. Reference: `F.linear(x, unpack(rows, packing), bias)`, where `agrees`.
 
     Args:
-        x: [E] bfloat16.
+        x: [..., E] bfloat16, of one token.
         rows: [n, stride] uint8, all rows of the packing.
         bias: [n] bfloat16.
 
     Returns:
-        [n] bfloat16.
+        [..., n] bfloat16.
     """
     lib = native.library()
-    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and len(x) == packing.n_elements
-    out = torch.empty(len(rows), dtype=torch.bfloat16, device="cpu")
+    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() == packing.n_elements
+    out = output_like(x, len(rows), packing.n_elements)
     lib.hf_flash_ordered_matvec(
         rows.data_ptr(), rows.stride(0), len(rows), packing.n_elements, packing.base, packing.start.data_ptr(),
         packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), out.data_ptr(),
@@ -85,8 +85,8 @@ def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Te
 def matvec_tight(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`matvec` of a matrix as tight.py keeps it."""
     lib = native.library()
-    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and len(x) == matrix.n_elements
-    out = torch.empty(len(matrix.rows), dtype=torch.bfloat16, device="cpu")
+    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() == matrix.n_elements
+    out = output_like(x, matrix.n_rows, matrix.n_elements)
     lib.hf_flash_ordered_tight(*matrix.arguments, x.data_ptr(), native.pointer(bias), out.data_ptr())
     return out
 

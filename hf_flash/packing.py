@@ -193,12 +193,12 @@ def linear(
     Reference: `(x.float() @ unpack(rows, packing).float().t() + bias.float()).to(x.dtype)`.
 
     Args:
-        x: [T, E], float32, float16 or bfloat16.
+        x: [..., E], float32, float16 or bfloat16.
         rows: [n, stride] uint8, all rows of the packing.
         bias: [n], dtype of x.
 
     Returns:
-        [T, n], dtype of x.
+        [..., n], dtype of x.
     """
     lib, x = native.library(), x.contiguous()
     if lib is None:
@@ -206,11 +206,11 @@ def linear(
         return (y if bias is None else y + bias.float()).to(x.dtype)
     bias = None if bias is None else bias.contiguous()
     assert bias is None or bias.dtype == x.dtype
-    out = torch.empty(x.shape[0], rows.shape[0], dtype=x.dtype, device="cpu")
+    out = x.new_empty(*x.shape[:-1], rows.shape[0])
     lib.hf_flash_packed_linear(
         rows.data_ptr(), rows.stride(0), rows.shape[0], packing.n_elements, packing.base, packing.start.data_ptr(),
-        packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), x.shape[0], native.CODES[x.dtype],
-        out.data_ptr(),
+        packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), x.numel() // packing.n_elements,
+        native.CODES[x.dtype], out.data_ptr(),
     )  # fmt: skip
     return out
 

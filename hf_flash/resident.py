@@ -41,11 +41,11 @@ class Resident(ABC):
 
     @abstractmethod
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[T, E] times it, with a bias [n] or None -> [T, n]: summed in float32 and rounded once."""
+        """[..., E] times it, with a bias [n] or None -> [..., n]: summed in float32 and rounded once."""
 
     @abstractmethod
     def matvec(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """[E] bfloat16 times it -> [n], to the bit F.linear where `ordered.agrees`."""
+        """One token, [..., E] bfloat16, times it -> [..., n], to the bit F.linear where `ordered.agrees`."""
 
 
 class PackedMatrix(Resident):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -22,11 +21,11 @@ from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
 from hf_flash.step import NativeStep
 from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.trial import NEVER, Trial
 
 Batch = tuple[IntArray, torch.Tensor, IntArray]  # neurons, memory [n, row_bytes] uint8, where in it each is
 
 N_WIDTHS = 8  # numbers of rows that matrix products of a batch come in
-EARLY_TOKENS = 2  # more want so much of a layer that guessing it does not pay
 
 
 class SparseEngine(Engine):
@@ -50,17 +49,18 @@ class SparseEngine(Engine):
         self._batch_rows = batch_rows
         native_gate = one_call and isinstance(gate, CertifiedGate) and NativeStep.can(store, layer)
         self._step = NativeStep(store, layer, gate, cache, stats) if native_gate else None  # type: ignore[arg-type]
+        self._few = native.MAX_TOKENS * layer.layout.d_model
+        self._next: SparseEngine | None = None  # whose reads this one starts early
+        self._trial: Trial = NEVER
         self._ahead: Ticket | None = None  # reads that `prefetch` started
         self._ahead_neurons = np.empty(0, np.int64)
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        flat, act = x.reshape(-1, x.shape[-1]), self.activation(act)  # [T, d_model]
-        if self._step is not None and 0 < flat.shape[0] <= native.MAX_TOKENS:
-            found = self._native(self._step.run, flat, act, biases)
+        if self._step is not None and 0 < x.numel() <= self._few:
+            found = self._native(self._step, x, act, biases)
             if found is not None:
-                if len(self._ahead_neurons):
-                    self._count_ahead(self._step.wanted)
-                return found.view(*x.shape[:-1], found.shape[-1])
+                return found
+        flat, act = x.reshape(-1, x.shape[-1]), self.activation(act)  # [T, d_model]
         t0, waited = time.perf_counter(), self._stats.wait_s
         neurons, ago = self._wanted(flat, biases)
         t1 = time.perf_counter()
@@ -83,16 +83,32 @@ class SparseEngine(Engine):
     def activation(self, act: ops.Activation) -> ops.Activation:
         return self.gate.thresholded if isinstance(self.gate, ThresholdGate) else act
 
-    def _native(self, call: Callable[..., Any], *args: Any) -> Any:
-        """A call of the native step, which nobody disturbs; if it is stopped, the slots are not trusted again."""
-        assert self._step is not None
+    def _native(
+        self, step: NativeStep, x: torch.Tensor, act: ops.Activation, biases: ops.Biases
+    ) -> torch.Tensor | None:
+        """The native step, which nobody disturbs; if it is stopped, the slots are not trusted again.
+
+        Its guess of what the next layer will want goes into that one's slots, unless another thread is at them.
+        """
         with self.cache.lock:
+            looks = self._trial.on and self._next is not None and self._next.cache.lock.acquire(blocking=False)
             try:
-                self._land()
-                return call(*args)
+                if self._ahead is not None:
+                    self._land()
+                if looks:
+                    self._next._step.point()  # type: ignore[union-attr]
+                y = step.run(x, act, biases, looks)
+                if y is not None and len(self._ahead_neurons):
+                    self._count_ahead(step.wanted)
+                return y
             except BaseException:  # Ctrl-C too: none is given away while it is read into
                 self._forget()
+                if looks:
+                    self._next._forget()  # type: ignore[union-attr]
                 raise
+            finally:
+                if looks:
+                    self._next.cache.lock.release()  # type: ignore[union-attr]
 
     def land(self) -> None:
         """Wait for what was read early: then no read into the slots is under way. Hold the cache's lock.
@@ -119,12 +135,17 @@ class SparseEngine(Engine):
         assert self._step is not None
         return self._step.wanted
 
-    def early(self, x: torch.Tensor, biases: ops.Biases) -> None:
-        """Start reading what the layer will likely want, from a guess of its input [..., d_model]."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self._step is None or not 0 < flat.shape[0] <= EARLY_TOKENS:
-            return
-        self._native(self._step.early, flat, biases)
+    def follow(self, engine: SparseEngine, scale: torch.Tensor, shift: torch.Tensor, trial: Trial) -> None:
+        """Guess what the engine that runs next will want, while this one waits for flash; see early.py.
+
+        Args:
+            engine: that one; both have `steps`.
+            scale, shift: [d_model]; its input is guessed to be this one's times `scale` plus `shift`.
+            trial: whether to guess.
+        """
+        assert self._step is not None and engine._step is not None and engine is not self
+        self._step.follow(engine._step, scale, shift)
+        self._next, self._trial = engine, trial
 
     def prefetch(self, neurons: IntArray, n_tokens: int) -> None:
         """Start reading what the layer will likely want into slots that nobody needs; its next pass waits for it.

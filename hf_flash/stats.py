@@ -19,7 +19,7 @@ class Counters(ctypes.Structure):
 
     _fields_ = [
         *[(name, ctypes.c_int64) for name in ("neurons_wanted", "neurons_hit", "neurons_read", "neurons_early")],
-        *[(name, ctypes.c_int64) for name in ("neurons_fired", "bytes_read", "n_reads")],
+        *[(name, ctypes.c_int64) for name in ("neurons_fired", "bytes_read", "n_reads", "cache_bytes")],
         *[(name, ctypes.c_double) for name in ("gate_s", "wait_s", "compute_s")],
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.gates.certified import INPUTS, UNIT
 from hf_flash.memory import view_bytes
-from hf_flash.ops import Activation, Biases
+from hf_flash.ops import NO_BIASES, Activation, Biases
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
@@ -25,6 +26,7 @@ from hf_flash.store import FlashLayer, FlashStore
 from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_BIASES = ("gate_bias", "up_bias", "down_bias")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,18 +37,18 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("d", "d_out", "n")],
         ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("offset4", _P),
         ("arithmetic", _F * 4 * 3),
-        ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I),
-        *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows")],
-        *[(name, _I) for name in ("n_slots", "n_used", "row_bytes", "window", "clock")], ("half_life", _D),
+        ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I), ("upper_tail", _F),
+        *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows", "state")],
+        ("row_bytes", _I), ("window", _I), ("half_life", _D),
         ("lately", _P), ("n_lately", _I),
         ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P),
-        ("batch", _P), ("early", _P),
+        ("batch", _P), ("early", _P), ("next", _P), ("scale", _P), ("shift", _P),
         *[(name, _I) for name in ("gated", "packed", "dtype", "base", "act")], ("threshold", _F),
         *[(name, _P) for name in ("escapes_start", "escapes", "gate_bias", "up_bias", "down_bias")],
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
-        ("gate_s", _D), ("wait_s", _D), ("ffn_s", _D), ("ids", _P), ("slots", _P),
-        ("early_ids", _P), ("marks", _P), ("counters", Counters),
+        *[(name, _D) for name in ("gate_s", "early_s", "wait_s", "ffn_s")],
+        *[(name, _P) for name in ("ids", "slots", "early_ids", "marks", "near", "list")], ("counters", Counters),
     ]  # fmt: skip
 
 
@@ -66,21 +68,21 @@ class NativeStep:
         lib = native.library()
         assert lib is not None and isinstance(store.reader, UringReader)
         assert lib.hf_flash_step_bytes() == ctypes.sizeof(_Step)
-        self._lib, self._reader, self._layer, self._cache = lib, store.reader, layer, cache
+        self._lib, self._reader, self._layer, self._cache, self._stats = lib, store.reader, layer, cache, stats
         self._s = s = _Step()
         self._by_reference = ctypes.byref(s)
         layout, sketch = layer.layout, gate.sketch
-        self._scratch = [np.empty(layer.n_neurons, np.int64) for _ in range(3)]
-        self._marks, self._offset = np.empty(layer.n_neurons, np.uint8), sketch.offset()
-        self._keep = (store, gate, sketch)  # what the pointers below point into
-        s.d, s.d_out, s.n = layout.d_model, layout.d_out, layer.n_neurons
+        n = layer.n_neurons
+        self._ids, self._offset = np.empty((3, n), np.int64), sketch.offset()
+        self._marks, self._list = np.empty(n, np.uint8), np.empty(n, np.int32)
+        self._near = np.full(n, np.inf, np.float32)  # nothing is known: all are
+        self._keep: list[object] = [store, gate, sketch]  # what the pointers below point into
+        s.d, s.d_out, s.n = layout.d_model, layout.d_out, n
         s.nibbles, s.step, s.norm = sketch.nibbles.data_ptr(), sketch.step.data_ptr(), sketch.norm.data_ptr()
         for i, plane in enumerate(sketch.planes):
             s.planes[i] = plane.data_ptr()
-        self._offset4 = sketch.with_bits(4).offset()
         s.offset, s.bits, s.bar = self._offset.data_ptr(), sketch.bits, gate.bar
-        s.offset4 = self._offset4.data_ptr()
-        s.tail = -1.0 if gate.tail is None else gate.tail
+        s.tail, s.upper_tail = -1.0 if gate.tail is None else gate.tail, gate.upper_tail_number
         s.least, s.most = INPUTS
         for i, dtype in enumerate(_DTYPES):
             s.arithmetic[i][:] = gate.gamma(), *gate.per_norm(dtype), UNIT[dtype]
@@ -93,13 +95,18 @@ class NativeStep:
         if layer.packing is not None:
             s.base, s.escapes_start = layer.packing.base, layer.packing.start.data_ptr()
             s.escapes = layer.packing.escapes.data_ptr()
-        s.ids, s.slots, s.early_ids = (a.ctypes.data for a in self._scratch)
-        s.marks = self._marks.ctypes.data
+        s.ids, s.slots, s.early_ids = (row.ctypes.data for row in self._ids)
+        s.marks, s.near, s.list = (a.ctypes.data for a in (self._marks, self._near, self._list))
+        s.state = cache.state.ctypes.data
         stats.count_in(s.counters)
-        self._act: tuple[Activation | None, torch.dtype | None] = (None, None)
-        self._known = False
-        self._biases: list[tuple[object, torch.Tensor | None]] = [(None, None)] * 3
+        self._step = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P, _I, ctypes.c_int, _P, ctypes.c_int)(("hf_flash_step", lib))
+        self._d, self._is_square = layout.d_model, layout.d_model == layout.d_out
+        self._act: Activation | None = None  # with the dtype, what `_known` was found for
+        self._dtype, self._code, self._known = torch.float32, 0, False
+        self._biases: list[tuple[object, ...]] = [(None,)] * 3
+        self._is_biased = False
         self._window: Window | None = None
+        self._books: tuple[Any, ...] = ()
 
     @staticmethod
     def can(store: FlashStore, layer: FlashLayer) -> bool:
@@ -109,36 +116,46 @@ class NativeStep:
             return False
         return reader.direct_rows(layer.rows.file, layer.rows.start, layer.rows.row_bytes)
 
-    def run(self, x: torch.Tensor, act: Activation, biases: Biases) -> torch.Tensor | None:
+    def follow(self, step: NativeStep, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        """Say which step comes next, and how its input is guessed from this one's: x * scale + shift, [d_model]."""
+        factors = [t.detach().float().contiguous() for t in (scale, shift)]
+        self._keep += [step, *factors]
+        self._s.scale, self._s.shift = (t.data_ptr() for t in factors)
+        self._s.next = ctypes.addressof(step._s)
+
+    def run(self, x: torch.Tensor, act: Activation, biases: Biases, looks: bool = False) -> torch.Tensor | None:
         """The FFN of a few tokens.
 
         Args:
-            x: [T, d_model], T from 1 to native.MAX_TOKENS.
+            x: [..., d_model], of 1 to native.MAX_TOKENS tokens.
+            looks: start reading what the next step will likely want. Hold its cache's lock, too, and call its `point`.
 
         Returns:
-            [T, d_out], dtype of x; None where this is none for the kernels (the activation, the dtype, more neurons
+            [..., d_out], dtype of x; None where this is none for the kernels (the activation, the dtype, more neurons
             than slots), and then no time has passed.
 
         Raises:
             ReadError: flash failed.
         """
-        s = self._s
-        if self._act[0] is not act or self._act[1] != x.dtype:
-            code = native.activation_code(act, x.dtype)
-            self._act, self._known = (act, x.dtype), code is not None
-            s.act, s.threshold = code or (0, 0.0)
+        s, dtype = self._s, x.dtype
+        if act is not self._act or dtype is not self._dtype:
+            self._understand(act, dtype)
         if not self._known:
             return None
-        self._reader.check_open()
-        self._point(x.dtype, biases)
-        x = x.contiguous()
-        y = torch.empty(x.shape[0], s.d_out, dtype=x.dtype, device="cpu")
-        args = (self._by_reference, x.data_ptr(), x.shape[0], native.CODES[x.dtype], y.data_ptr())
-        begun = time.perf_counter() if trace.active is not None else 0.0
-        result = self._lib.hf_flash_step(*args)
-        self._cache.largest = max(self._cache.largest, s.n_wanted)
-        self._cache.took(s.n_used, s.clock)
-        if result == 3:
+        if self._reader.ring is None:
+            self._reader.check_open()
+        if self._window is not self._cache.window:
+            self.point()
+        if biases is not NO_BIASES or self._is_biased:
+            self._round(biases)
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
+        args = (self._by_reference, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr())
+        begun = 0.0 if trace.active is None else time.perf_counter()
+        result = self._step(*args, looks)
+        if result == 3:  # what it read will be found in DRAM, by whoever does it the other way now
+            self._stats.add(neurons_hit=-s.n_read, neurons_read=s.n_read)
             return None
         while result == 2:  # a signal came: its handler runs now, and may raise
             result = self._lib.hf_flash_step_on(*args)
@@ -151,29 +168,7 @@ class NativeStep:
     @property
     def wanted(self) -> IntArray:
         """Neurons that the last step wanted, sorted; a copy."""
-        return self._scratch[0][: self._s.n_wanted].copy()
-
-    def early(self, x: torch.Tensor, biases: Biases) -> None:
-        """Start reading what the layer will likely want.
-
-        Args:
-            x: [T, d_model], a guess of the input to come.
-
-        Raises:
-            ReadError: an earlier read failed.
-        """
-        self._reader.check_open()
-        self._point(x.dtype, biases)
-        x = x.contiguous()
-        begun = time.perf_counter() if trace.active is not None else 0.0
-        result = 2
-        while result == 2:
-            result = self._lib.hf_flash_step_early(self._by_reference, x.data_ptr(), x.shape[0], native.CODES[x.dtype])
-        if result == 1:
-            raise self._failure()
-        self._cache.took(self._s.n_used, self._s.clock)
-        if begun and trace.active is not None:
-            trace.active.add(trace.EARLY, begun, time.perf_counter(), self._layer.path, native=True)
+        return self._ids[0, : self._s.n_wanted].copy()
 
     def land(self) -> None:
         """Wait for what was read early, before anyone else looks into the slots.
@@ -197,22 +192,33 @@ class NativeStep:
                 self._lib.hf_flash_batch_free(batch)
                 setattr(self._s, name, None)
 
-    def _point(self, dtype: torch.dtype, biases: Biases) -> None:
-        """Pointers to what may have changed since the last call: the cache's memory, biases."""
-        s, cache = self._s, self._cache
-        if self._window is not cache.window:  # the cache began anew
-            self._window = cache.window
+    def _understand(self, act: Activation, dtype: torch.dtype) -> None:
+        """Find out whether the kernels know this activation in this dtype, and tell them."""
+        self._act, code = None, native.activation_code(act, dtype)
+        self._s.act, self._s.threshold = code or (0, 0.0)
+        self._known, self._code = code is not None, native.CODES.get(dtype, 0)
+        self._dtype, self._act = dtype, act  # last: Ctrl-C may have come before
+
+    def point(self) -> None:
+        """Look where the cache's memory is, if it began anew since it was looked at last."""
+        cache, s = self._cache, self._s
+        if self._window is not cache.window:
             books = *cache.books(), *cache.window.books()
             s.slot_of, s.neuron_of, s.owned, s.last, s.key = (a.ctypes.data for a in books)
             s.rows = cache.rows.data_ptr()
-        s.n_slots, s.n_used, s.clock = cache.n_slots, cache.n_used, cache.window.clock
+            self._books = books, cache.rows
+            self._window = cache.window
+
+    def _round(self, biases: Biases) -> None:
+        """Biases as the kernels want them, rounded to the input's dtype, in float32; made again where they changed."""
+        self._is_biased, held = True, self._biases
         for i, bias in enumerate(biases):
-            key_now = None if bias is None else (bias.data_ptr(), bias._version, dtype)
-            if self._biases[i][0] != key_now:
-                rounded = None if bias is None else bias.detach().to(dtype).float().contiguous()
+            key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
+            if held[i][0] != key:
+                rounded = None if bias is None else bias.detach().to(self._dtype).float().contiguous()
                 # The pointer first: if Ctrl-C comes between, the next call sees an old key and does it again.
-                setattr(s, ("gate_bias", "up_bias", "down_bias")[i], None if rounded is None else rounded.data_ptr())
-                self._biases[i] = key_now, rounded
+                setattr(self._s, _BIASES[i], native.pointer(rounded))
+                held[i] = key, rounded, bias  # which stays, so that no other can take its place in memory
 
     def _failure(self) -> BaseException:
         error = self._reader.error_of(self._s.early or self._s.batch)
@@ -225,8 +231,11 @@ class NativeStep:
         stop = time.perf_counter()
         scanned, path = begun + s.gate_s, self._layer.path
         computing = stop - s.ffn_s
+        guessing = computing - s.wait_s - s.early_s
         active.add(trace.GATE_SCAN, begun, scanned, path, native=True, wanted=s.n_wanted)
-        active.add(trace.SUBMIT, scanned, computing - s.wait_s, path, native=True, reads=s.n_reads)
+        active.add(trace.SUBMIT, scanned, guessing, path, native=True, reads=s.n_reads)
+        if s.early_s:
+            active.add(trace.EARLY, guessing, computing - s.wait_s, path, native=True)
         active.add(trace.WAIT, computing - s.wait_s, computing, path)
         active.add(trace.ARITHMETIC, computing, stop, path, native=True, neurons=s.n_wanted)
         if s.n_read:

@@ -42,7 +42,12 @@ class Tight:
     start: torch.Tensor
     escapes: torch.Tensor
 
-    @property
+    @functools.cached_property
+    def n_rows(self) -> int:
+        """n."""
+        return len(self.rows)
+
+    @functools.cached_property
     def n_elements(self) -> int:
         """E, weights of a row."""
         return self.rows.shape[1] * 8 // 11
@@ -67,7 +72,12 @@ class Tight:
 def available() -> bool:
     """Whether this machine has the kernels: without them such a matrix is slow to compute with."""
     lib = native.library()
-    return lib is not None and bool(lib.hf_flash_tight())
+    return lib is not None and _has_kernels(lib)
+
+
+@functools.cache
+def _has_kernels(lib: Any) -> bool:
+    return bool(lib.hf_flash_tight())
 
 
 def row_bytes(n_elements: int) -> int:
@@ -162,21 +172,28 @@ def linear(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> 
     Reference: `(x.float() @ unpack(matrix).float().t() + bias.float()).to(x.dtype)`.
 
     Args:
-        x: [T, E], float32, float16 or bfloat16.
+        x: [..., E], float32, float16 or bfloat16.
         bias: [n], dtype of x.
 
     Returns:
-        [T, n], dtype of x.
+        [..., n], dtype of x.
     """
-    x = x.contiguous()
+    if not x.is_contiguous():
+        x = x.contiguous()
     if not available():
         y = x.float() @ unpack(matrix).float().t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
     bias = None if bias is None else bias.contiguous()
     assert bias is None or bias.dtype == x.dtype
-    out = torch.empty(x.shape[0], len(matrix.rows), dtype=x.dtype, device="cpu")
+    out = output_like(x, matrix.n_rows, matrix.n_elements)
     lib: Any = native.library()
     lib.hf_flash_tight_linear(
-        *matrix.arguments, x.data_ptr(), native.pointer(bias), x.shape[0], native.CODES[x.dtype], out.data_ptr()
-    )
+        *matrix.arguments, x.data_ptr(), native.pointer(bias), x.numel() // matrix.n_elements, native.CODES[x.dtype],
+        out.data_ptr(),
+    )  # fmt: skip
     return out
+
+
+def output_like(x: torch.Tensor, n_out: int, n_in: int) -> torch.Tensor:
+    """Memory for what [..., n_in] becomes, [..., n_out]: the quicker way where they are the same."""
+    return torch.empty_like(x) if n_out == n_in else x.new_empty(*x.shape[:-1], n_out)

@@ -27,13 +27,26 @@ class Window:
         n_neurons: neurons to keep account of.
         n_tokens: k, the tokens whose neurons are kept before any other; 0 for none.
         half_life: tokens after which the score of an unused neuron halves.
+        time: [1] where the clock is kept, zero at first; memory of its own without.
     """
 
-    def __init__(self, n_neurons: int, n_tokens: int = 0, half_life: float = 64.0) -> None:
+    def __init__(
+        self, n_neurons: int, n_tokens: int = 0, half_life: float = 64.0, time: IntArray | None = None
+    ) -> None:
         self._last = np.full(n_neurons, -(1 << 40), dtype=np.int64)  # clock of the last use
         # log2 of the score as of the last use, + that time in half lives: in this form it does not change with time.
         self._key = np.full(n_neurons, _NEVER, dtype=np.float64)
-        self.n_tokens, self.half_life, self.clock = n_tokens, half_life, 0
+        self.n_tokens, self.half_life = n_tokens, half_life
+        self._time = np.zeros(1, np.int64) if time is None else time
+
+    @property
+    def clock(self) -> int:
+        """Tokens so far."""
+        return int(self._time[0])
+
+    @clock.setter
+    def clock(self, tokens: int) -> None:
+        self._time[0] = tokens
 
     def tick(self, n_tokens: int = 1) -> None:
         """A forward pass of `n_tokens` tokens begins."""

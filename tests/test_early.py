@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash
 from hf_flash import early, native
-from hf_flash.early import AGAIN_TOKENS, TRIED_TOKENS, WARM_TOKENS, Trial
 from hf_flash.ffn import FlashFFN
 from hf_flash.sparse import SparseEngine
+from hf_flash.trial import AGAIN_TOKENS, TRIED_TOKENS, WARM_TOKENS, Trial
 
 
 def run(trial: Trial, n_tokens: int, clock: float, off_s: float, on_s: float) -> float:

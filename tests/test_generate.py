@@ -10,6 +10,7 @@ from helpers_e2e import assert_greedy, greedy, load, logits_of, plan_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, pipeline
 
 import hf_flash
+from hf_flash import kv
 
 GATES = ["all", "certified"]
 N_TOKENS = 100
@@ -165,7 +166,7 @@ def test_continuing_from_a_kv_cache(flash: PreTrainedModel, dense: PreTrainedMod
     ids = prompts[:1]
     with torch.no_grad():
         first = flash(ids[:, :4], use_cache=True)
-        second = flash(ids[:, 4:], past_key_values=first.past_key_values)
+        second = flash(ids[:, 4:], **kv.carried(first))
     torch.testing.assert_close(second.logits, logits_of(dense, input_ids=ids)[:, 4:], rtol=1e-4, atol=1e-4)
 
 

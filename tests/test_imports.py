@@ -14,7 +14,7 @@ import hf_flash
 
 FLOORS = """
 words            errors  stats  memory  plan  ops  trace  families  native  packing  tight  ordered  texts  scoring
-what there is    layout  config  window  budget  check
+what there is    layout  config  window  budget  check  trial
 files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  packed_sum  ring  stream  resident  kv  attention

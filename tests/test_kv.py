@@ -159,7 +159,8 @@ def test_models_generate_the_same_with_it(name: str, how: dict[str, Any], tmp_pa
     hf_flash.patch(model, memory="1GiB", gate="all", cache_dir=str(tmp_path))
     found = model.generate(**inputs, return_dict_in_generate=True)
     assert torch.equal(found.sequences, want.sequences)
-    cache = getattr(found.past_key_values, "self_attention_cache", found.past_key_values)
+    (cache,) = kv.carried(found).values()
+    cache = getattr(cache, "self_attention_cache", cache)
     assert all(type(layer) is kv.GrowingLayer for layer in cache.layers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import hf_flash
@@ -191,9 +192,19 @@ def test_what_is_streamed_stays_until_tokens_come(
         assert early < late and early < 20 * plan.bytes_per_token - 10 * lent[30][1]
 
 
+def named(cache: Any) -> dict[str, Any]:
+    """A cache as an argument that this transformers has."""
+    return {"cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values": cache}
+
+
+def cache_from(output: Any) -> Any:
+    """The cache that a model gave back."""
+    return next(iter(kv.carried(output).values()))
+
+
 def filled_cache(model: Any, ids: torch.Tensor) -> Any:
     out = model.generate(ids, max_new_tokens=150, min_new_tokens=150, do_sample=False, return_dict_in_generate=True)
-    return out.past_key_values
+    return cache_from(out)
 
 
 @pytest.mark.lends
@@ -238,33 +249,34 @@ def test_every_cache_that_lives_counts(
     model = opened(flash_folder, cap_for("certified", "half"))
     ids = torch.arange(5, 65)[None]
     with torch.no_grad():
-        model(ids[:, :2], past_key_values=DynamicCache())
+        model(ids[:, :2], **named(DynamicCache()))
         free = lent(model)
-        held = [model(ids).past_key_values for _ in range(3)]  # made by the model itself
-        model(ids[:, :2], past_key_values=DynamicCache())
+        held = [cache_from(model(ids)) for _ in range(3)]  # made by the model itself
+        model(ids[:, :2], **named(DynamicCache()))
         three = lent(model)
         assert free - three >= 3 * sum(layer.keys.nbytes + layer.values.nbytes for layer in held[0].layers)
         del held
-        model(ids[:, :2], past_key_values=DynamicCache())
+        model(ids[:, :2], **named(DynamicCache()))
         assert lent(model) > three
         static = StaticCache(model.config, max_cache_len=64)
-        model(ids, past_key_values=static)
-        model(ids[:, :2], past_key_values=DynamicCache())
+        model(ids, **named(static))
+        model(ids[:, :2], **named(DynamicCache()))
         assert lent(model) == 0, "what a cache of another kind takes is not known"
         del static
-        model(ids[:, :2], past_key_values=DynamicCache())
+        model(ids[:, :2], **named(DynamicCache()))
         assert lent(model) == free
         model(ids[:, :2], None, DynamicCache())  # somewhere among the arguments: the part that it is given to says it
         assert lent(model) == free
         cache = DynamicCache()
-        model.base_model(ids[:, :2], past_key_values=cache)  # without the model around it
+        model.base_model(ids[:, :2], **named(cache))  # without the model around it
         assert lent(model) == free
-        model.base_model(torch.arange(5, 205)[None], past_key_values=cache)
+        model.base_model(torch.arange(5, 205)[None], **named(cache))
         held_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert free - lent(model) >= held_bytes * 2 // 3, "a page was counted ahead, not more"
 
 
-def test_what_another_thread_is_about_to_fill_counts() -> None:
+@pytest.mark.parametrize("name", kv.CACHE_NAMES)
+def test_what_another_thread_is_about_to_fill_counts(name: str) -> None:
     told: list[int | None] = []
     tokens: list[int] = []
 
@@ -276,7 +288,7 @@ def test_what_another_thread_is_about_to_fill_counts() -> None:
     long, short = DynamicCache(), DynamicCache()
 
     def begin(n: int, cache: Any) -> None:
-        watch.begins(torch.nn.Identity(), (), {"input_ids": torch.zeros(1, n), "past_key_values": cache})
+        watch.begins(torch.nn.Identity(), (), {"input_ids": torch.zeros(1, n), name: cache})
 
     begin(1, short)
     alone = told[-1]

@@ -24,6 +24,7 @@ from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.step import NativeStep
 from hf_flash.store import FlashStore
+from hf_flash.trial import Trial
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -44,6 +45,7 @@ class Layer:
         self.biases = Biases(bias if gated else None, draw(N) if gated else bias, draw(D)) if biased else Biases()
         layout = BundleLayout(D, D, gated, stored, packed)
         rows = BundleLayout(D, D, gated, stored).pack(self.up, self.down.t(), self.gate)
+        folder.mkdir(exist_ok=True)
         self.files = write_layers(folder, {"ffn": (layout, rows)})
 
     def engine(self, act: nn.Module, n_slots: int, native_step: bool, window: int = 3) -> SparseEngine:
@@ -61,6 +63,21 @@ class Layer:
         if not native_step:
             engine._step = None
         return engine
+
+
+class Always(Trial):
+    """Guesses from the first token on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = True
+
+
+def guesser(layer: Layer, engine: SparseEngine) -> SparseEngine:
+    """An engine that guesses what another one will want: as if that were given the same input."""
+    first = layer.engine(nn.ReLU(), N, True)
+    first.follow(engine, torch.ones(D), torch.zeros(D), Always())
+    return first
 
 
 def books_are_true(engine: SparseEngine) -> None:
@@ -124,8 +141,9 @@ def test_a_step_that_found_no_room_leaves_room_for_the_next(tmp_path: Path) -> N
     """Bug: what it had read counted as in use until its own time came, and another thread's step found no slots."""
     layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
     ours, theirs = layer.engine(act, 400, True), layer.engine(act, N, False)
+    first = guesser(layer, ours)
     for some, one in zip(walk(8, F32, 8), walk(8, F32), strict=True):
-        ours.early(some[:2], layer.biases)
+        first.forward(some[:1], act, layer.biases)
         assert ours._step is not None
         assert ours._step.run(some, act, layer.biases) is None, "8 tokens want more than there are slots for"
         got, want = (engine.forward(one, act, layer.biases) for engine in (ours, theirs))
@@ -205,13 +223,71 @@ def test_wrong_guesses_give_way(tmp_path: Path, n_slots: int, window: int) -> No
     """Bug: guesses that filled all slots could not be given up in the same step, and slot 0 went to several neurons."""
     layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
     ours, theirs = layer.engine(act, n_slots, True, window), layer.engine(act, N, False)
+    first = guesser(layer, ours)
     for x in walk(30, F32):
-        ours.early(-x, layer.biases)  # what fires then is what does not now
+        first.forward(-x, act, layer.biases)  # what fires then is what does not now
         torch.testing.assert_close(
             ours.forward(x, act, layer.biases), theirs.forward(x, act, layer.biases), atol=2e-5, rtol=1e-5
         )
         books_are_true(ours)
+        assert ours._step is not None and not ours._step._s.early
     assert ours.cache.n_used == n_slots, "there was something to give up"
+
+
+def test_right_guesses_are_there_in_time(tmp_path: Path) -> None:
+    """Slots for a part of the neurons; what is guessed for the very input that comes is what is read."""
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    ours, theirs = layer.engine(act, 500, True, window=0), layer.engine(act, N, False)
+    first = guesser(layer, ours)
+    for x in walk(30, F32):
+        first.forward(x, act, layer.biases)
+        want = theirs.forward(x, act, layer.biases)
+        torch.testing.assert_close(ours.forward(x, act, layer.biases), want, atol=2e-5, rtol=1e-5)
+        books_are_true(ours)
+    stats = ours._stats
+    assert stats.neurons_hit + stats.neurons_read == stats.neurons_wanted == theirs._stats.neurons_wanted
+    assert 0.5 < stats.neurons_early / stats.neurons_read < 1, "those that were far from firing are not looked at"
+
+
+def test_whoever_is_at_the_next_layer_is_left_alone(tmp_path: Path) -> None:
+    """Another thread computes there: no guess goes into its slots, and nobody waits for it."""
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    ours = layer.engine(act, 350, True)
+    first, x, begun, done = guesser(layer, ours), torch.randn(1, D), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ours.cache.lock:
+            begun.set()
+            assert done.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert begun.wait(60)
+    first.forward(x, act, layer.biases)
+    done.set()
+    other.join()
+    assert ours.cache.n_used == 0
+    first.forward(x, act, layer.biases)
+    assert ours.cache.n_used > 0
+    ours.forward(x, act, layer.biases)
+    books_are_true(ours)
+
+
+def test_a_failed_guess_is_an_error_where_it_was_for(tmp_path: Path) -> None:
+    layer, act = Layer(tmp_path / "a", F32, False, True, False), nn.ReLU()
+    other = Layer(tmp_path / "b", F32, False, True, False)
+    ours, x = layer.engine(act, N, True), torch.randn(1, D)
+    first = guesser(other, ours)
+    path = next(iter(layer.files.values()))
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) // 2)
+    first.forward(x, act, other.biases)
+    with pytest.raises(ReadError, match="ended early"):
+        ours.forward(x, act, layer.biases)
+    path.write_bytes(whole)
+    want = layer.engine(act, N, False).forward(x, act, layer.biases)
+    torch.testing.assert_close(ours.forward(x, act, layer.biases), want, atol=2e-5, rtol=1e-5)
+    books_are_true(ours)
 
 
 @pytest.mark.parametrize(("gated", "packed"), [(False, False), (True, True)])

@@ -7,7 +7,7 @@
 enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
 
 struct Counters {  // FlashStats has their meaning, stats.py the same fields; they only grow
-  int64_t neurons_wanted, neurons_hit, neurons_read, neurons_early, neurons_fired, bytes_read, n_reads;
+  int64_t neurons_wanted, neurons_hit, neurons_read, neurons_early, neurons_fired, bytes_read, n_reads, cache_bytes;
   double gate_s, wait_s, compute_s;
 };
 

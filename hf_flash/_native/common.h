@@ -25,6 +25,10 @@
 
 namespace {
 
+// Ask for memory that is needed soon, in the L2 cache: on its way to the L1 it would hold one of that cache's few places
+// for lines that are missing, and one core reads at half the speed (docs/log.md).
+INLINE void fetch(const void *from) { __builtin_prefetch(from, 0, 2); }
+
 enum DType { F32 = 0, F16 = 1, BF16 = 2 };
 
 INLINE float from_bf16(uint16_t v) {

@@ -12,5 +12,5 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
                       const uint64_t *plane6, const uint64_t *plane7, const uint64_t *plane8, const uint16_t *step,
                       const float *norm, const float *offset, const float *bias, int bits, float tail, float gamma,
                       float per_norm, float tiny, float unit, float threshold, float least, float most, int64_t *ids,
-                      uint8_t *marks, Found found, void *arg);
+                      uint8_t *marks, float upper_tail, float *near, const int32_t *list, Found found, void *arg);
 }

@@ -80,7 +80,8 @@ template <int BITS, int T> INLINE void add_group(const Sketch *s, const Inputs *
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
   const int64_t groups = s->groups, ahead = 32;  // groups fetched ahead
   std::vector<float> step(static_cast<size_t>(groups));
-  for (int64_t i = begin; i < end; i++) {
+  for (int64_t k = begin; k < end; k++) {
+    const int64_t i = neuron(in, k);
     if (wanted[i]) continue;
     const uint16_t *stored = s->step + i * groups;
     for (int64_t g = 0; g < groups; g++) step[static_cast<size_t>(g)] = from_bf16(stored[g]);
@@ -89,7 +90,7 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
       Vec sum{};
       for (int64_t g = 0; g < groups; g++) {
         const int64_t at = i * groups + g;
-        __builtin_prefetch(s->nibbles + (at + ahead) * 32);
+        fetch(s->nibbles + (at + ahead) * 32);
         sum += step[static_cast<size_t>(g)] * group<BITS>(s, at, in->x + g * GROUP);
       }
       sums[0] = sum;
@@ -101,14 +102,16 @@ template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, 
     uint8_t any = 0, last = 0;
     for (int64_t t = 0; t < in->T; t++) {
       float score = 0, squares = 0, sure = 0;
-      for (int k = 0; k < W; k++) score += sums[t][k];
+      for (int w = 0; w < W; w++) score += sums[t][w];
       for (int64_t g = 0; g < groups; g++) {
         const float sg = step[static_cast<size_t>(g)];
         score += sg * in->constant[t * groups + g];
         squares += sg * sg * in->squares[t * groups + g];
         sure += sg * in->norms[t * groups + g];
       }
-      last = judge(s, in, i, t, score, squares, sure);
+      const float v = most(s, in, BITS, in->tail, i, t, score / (1 << (BITS - 4)), squares, sure);
+      if (in->near) in->near[i] = v;
+      last = reaches(in, v);
       any |= last;
     }
     wanted[i] = last ? in->last_mark : any ? in->mark : 0;

@@ -89,8 +89,8 @@ struct PackedRows {
   __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
     const int64_t w = first + j;
     const uint8_t *low = r->row + w, *code = r->row + p.E + w / 2;
-    __builtin_prefetch(low + ahead);
-    if (w % 128 == 0) __builtin_prefetch(code + ahead);
+    fetch(low + ahead);
+    if (w % 128 == 0) fetch(code + ahead);
     __m512i a, b;
     decode_lanes(low, code, p.tables, &a, &b);
     _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
@@ -106,8 +106,8 @@ struct TightRows {
   __attribute__((always_inline)) Row row(int64_t i) const { return tight_row(m, i); }
   __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
     const int64_t code = m.E + j / BLOCK * CODE_BYTES;
-    __builtin_prefetch(r->row + j + ahead);
-    if (j % 128 == 0) __builtin_prefetch(r->row + code + ahead);
+    fetch(r->row + j + ahead);
+    if (j % 128 == 0) fetch(r->row + code + ahead);
     __m512i a, b;
     decode_lanes(r, j, code, &a, &b);
     _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
@@ -193,8 +193,8 @@ void sums(const Packed &p, const uint8_t *rows, int64_t stride, int64_t number, 
         __m512i part[4] = {};
         for (int s = 0; s < 2 && r + s < k; s++) {
           const uint8_t *low = row[r + s] + w, *code = row[r + s] + p.E + w / 2;
-          __builtin_prefetch(low + ahead);
-          if (w % 128 == 0) __builtin_prefetch(code + ahead);
+          fetch(low + ahead);
+          if (w % 128 == 0) fetch(code + ahead);
           decode_lanes(low, code, p.tables, part + 2 * s, part + 2 * s + 1);
           if (at[r + s] < last[r + s] && p.escapes[at[r + s]] >> 16 < w + BLOCK) {
             alignas(64) uint16_t some[BLOCK];

@@ -71,8 +71,8 @@ INLINE float dot(const Packed *p, const uint8_t *row, int64_t begin, int64_t end
   Vec sums[4] = {};
   for (int64_t j = begin; j < end; j += BLOCK, x += BLOCK) {
     Vec w[N_VEC];
-    __builtin_prefetch(next + j);
-    __builtin_prefetch(next + p->E + j / 2);
+    fetch(next + j);
+    fetch(next + p->E + j / 2);
     decode(row + j, row + p->E + j / 2, p->tables, w);
     for (int v = 0; v < N_VEC; v++) sums[v % 4] += w[v] * load(x + v * (BLOCK / N_VEC));
   }
@@ -86,8 +86,8 @@ INLINE float dot(const Packed *p, const uint8_t *row, int64_t begin, int64_t end
 INLINE void add(const Packed *p, const uint8_t *row, int64_t begin, int64_t end, float h, float *y, const uint8_t *next) {
   for (int64_t j = begin; j < end; j += BLOCK, y += BLOCK) {
     Vec w[N_VEC];
-    __builtin_prefetch(next + j);
-    __builtin_prefetch(next + p->E + j / 2);
+    fetch(next + j);
+    fetch(next + p->E + j / 2);
     decode(row + j, row + p->E + j / 2, p->tables, w);
     for (int v = 0; v < N_VEC; v++) {
       const Vec out = load(y + v * (BLOCK / N_VEC)) + h * w[v];
@@ -113,8 +113,8 @@ INLINE void dots(const Packed *p, const uint8_t *rows, int64_t stride, const flo
     for (int i = 0; i < ROWS; i++) {
       const uint8_t *row = rows + i * stride;
       Vec w[N_VEC];
-      __builtin_prefetch(next + i * stride + j);
-      if (j % (2 * BLOCK) == 0) __builtin_prefetch(next + i * stride + p->E + j / 2);
+      fetch(next + i * stride + j);
+      if (j % (2 * BLOCK) == 0) fetch(next + i * stride + p->E + j / 2);
       decode(row + j, row + p->E + j / 2, p->tables, w);
       for (int v = 0; v < N_VEC; v++) sums[i][v % 2] += w[v] * load(x + v * (BLOCK / N_VEC));
     }
@@ -187,8 +187,8 @@ void unpack(const Packed *p, const uint8_t *rows, int64_t stride, const int64_t 
     uint16_t *to = out + i * out_stride - from;
     for (int64_t j = from; j < upto; j += BLOCK) {
       const uint8_t *low = row + j, *code = row + p->E + j / 2;
-      __builtin_prefetch(next + j);
-      __builtin_prefetch(next + p->E + j / 2);
+      fetch(next + j);
+      fetch(next + p->E + j / 2);
 #if LEVEL == 4
       __m512i first, second;
       decode_lanes(low, code, p->tables, &first, &second);

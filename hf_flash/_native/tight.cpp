@@ -37,8 +37,8 @@ void unpack(const Tight &m, const int64_t *ids, int64_t begin, int64_t end, uint
     uint16_t *to = out + i * out_stride;
     for (int64_t j = 0, code = m.E; j < m.E; j += BLOCK, code += CODE_BYTES, to += BLOCK) {
       __m512i a, b;
-      __builtin_prefetch(row.row + ahead + j);
-      __builtin_prefetch(row.row + ahead + code);
+      fetch(row.row + ahead + j);
+      fetch(row.row + ahead + code);
       decode_lanes(&row, j, code, &a, &b);
       _mm512_storeu_si512(to, _mm512_permutex2var_epi64(a, front, b));
       _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi64(a, back, b));

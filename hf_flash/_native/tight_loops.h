@@ -21,8 +21,8 @@ INLINE void dots(const Tight &m, int64_t i, int64_t ahead, const Input *x, int64
   for (int64_t j = 0, code = m.E; j < m.E; j += BLOCK, code += CODE_BYTES, x += BLOCK) {
     for (int r = 0; r < ROWS; r++) {
       __m512i a, b;
-      __builtin_prefetch(row[r].row + ahead + j);
-      __builtin_prefetch(row[r].row + ahead + code);
+      fetch(row[r].row + ahead + j);
+      fetch(row[r].row + ahead + code);
       decode_lanes(row + r, j, code, &a, &b);
 #ifdef PAIRS
       for (int t = 0; t < T; t++) {

@@ -176,8 +176,11 @@ struct Ring {
 
   // One read a call: of several the kernel holds the first back until the last is prepared, and the device idles
   // meanwhile, a sixth of its reads/s at a depth of 16 (benchmarks/reads.py).
-  void flush() {  // what the kernel has no room for now stays queued; the leader's next call takes it along
-    while (queued() && (enter(1, 0) >= 0 || errno == EINTR)) {
+  //
+  // `together`: all in one call. The device is told of them once, which costs less than to be told of each where a virtual
+  // machine has to stop for it.
+  void flush(bool together = false) {  // what the kernel has no room for now stays queued; the leader's next call takes it along
+    while (queued() && (enter(together ? queued() : 1, 0) >= 0 || errno == EINTR)) {
     }
   }
 
@@ -227,7 +230,7 @@ struct Ring {
     advance();
   }
 
-  void start(Batch *b, std::vector<Op> &&ops) {
+  void start(Batch *b, std::vector<Op> &&ops, bool together = false) {
     std::lock_guard<std::mutex> hold(mutex);
     b->left += static_cast<int64_t>(ops.size());
     for (Op &op : ops) {
@@ -236,7 +239,7 @@ struct Ring {
     }
     if (!leader) reap();  // a leader may sleep until the very completion that would be taken here
     else advance();
-    flush();
+    flush(together);
   }
 
   // The thread that tells who watches; null where the system does not let us have it.
@@ -367,7 +370,7 @@ void *hf_flash_ring_submit_rows(void *handle, void *batch, int fd, int64_t start
     i = j;
   }
   *n_reads = static_cast<int64_t>(ops.size());
-  static_cast<Ring *>(handle)->start(b, std::move(ops));
+  static_cast<Ring *>(handle)->start(b, std::move(ops), true);
   return b;
 }
 

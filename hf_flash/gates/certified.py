@@ -25,6 +25,9 @@ Independently, t_C = sum_g 4 s_g |x_g| never fails, as |E_g| <= sqrt(64) s_g / 2
 "Never saw x" is meant in earnest: whoever reads the sketch can make an x that defeats t_P, and delta = 0 (t_C alone)
 is for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
 
+In two steps. A sketch of more bits holds one of 4, and most neurons are silent by that alone: then the other planes
+need not be touched. That decision has a delta of its own, a millionth of the other.
+
 The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = m u / (1 - m u)
 with m = d_model + 8: the standard bound, relative to |w| |x|, of a sum of d_model float32 products in any order, with 8
 roundings to spare for what is done to it here.
@@ -60,6 +63,7 @@ SKETCH_KIND = "dithered sketch"  # as gates.safetensors names it
 BLOCK_NEURONS = 256  # neurons dequantized at a time: bounds the scratch memory
 GATE_TOKENS, NATIVE_TOKENS = 16, 64  # tokens scored at a time, by torch and natively: the same
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float64: 2.0**-53}
+UPPER_SHARE = 2.0**-20  # of delta, for decisions by the upper 4 bits alone
 _WEIGHTS, INPUTS = (2.0**-24, 2.0**15), (2.0**-24, 2.0**60)  # norms and entries that are judged
 
 
@@ -206,10 +210,16 @@ class CertifiedGate:
         self.sketch, self.delta, self.threshold = sketch, delta, threshold
         self._weight_dtype = weight_dtype
         self.tail = _tail(delta) if delta > 0 else None
+        self.upper_tail = _tail(delta * UPPER_SHARE) if delta > 0 else None
         self._offset = sketch.offset()
         self._bias: tuple[object, torch.Tensor | None] = (None, None)  # the last bias that was seen, and as float32
         # A bar above 0 is lowered by what float16 rounds off near 0 and by what comparing in float32 does.
         self.bar = threshold * (1 - 2.0**-20) - 2.0**-24 if threshold > 0 else 0.0
+
+    @property
+    def upper_tail_number(self) -> float:
+        """`upper_tail` as native code is told it."""
+        return -1.0 if self.upper_tail is None else self.upper_tail
 
     def upper(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Upper bound of the pre-activations that the dense model computes.
@@ -221,7 +231,11 @@ class CertifiedGate:
         Returns:
             [n_tokens, n_neurons] float32; infinite or NaN where nothing is promised.
         """
-        unit, sketch, operand = UNIT[x.dtype], self.sketch, _operand_unit()
+        return self._upper(x, bias, self.sketch, self.tail)
+
+    def _upper(self, x: torch.Tensor, bias: torch.Tensor | None, sketch: Sketch, tail: float | None) -> torch.Tensor:
+        """`upper` by a sketch and a bound of that tail."""
+        unit, operand = UNIT[x.dtype], _operand_unit()
         x32 = x.float()
         squares, size = self._measure(x32)
         scores = torch.cat(
@@ -230,8 +244,8 @@ class CertifiedGate:
         )  # [T, n]
         step = sketch.step.float() / 2.0 ** (sketch.bits - 4)
         t = 4 * (squares.sqrt() @ step.t())  # for certain
-        if self.tail is not None:
-            t = torch.minimum(t, (self.tail * (squares @ step.square().t())).sqrt_())
+        if tail is not None:
+            t = torch.minimum(t, (tail * (squares @ step.square().t())).sqrt_())
         gamma = self.gamma()
         v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype)
         v = v + unit * v.abs()
@@ -272,7 +286,10 @@ class CertifiedGate:
         Returns:
             [n_tokens, n_neurons] bool; False is a proof of silence. A NaN or infinite input wants every neuron.
         """
-        return ~(self.upper(x, bias) <= self.bar)
+        silent = self.upper(x, bias) <= self.bar
+        if self.sketch.bits > 4:
+            silent |= self._upper(x, bias, self.sketch.with_bits(4), self.upper_tail) <= self.bar
+        return ~silent
 
     def decide(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[IntArray, torch.Tensor]:
         """Which neurons any of some tokens may need, and how long ago; natively where that is built.
@@ -303,6 +320,7 @@ class CertifiedGate:
         ids, marks = native.gate(
             x, self.sketch, self._offset, self._bias_like(x, bias), self.tail, self.gamma(), per_norm, tiny,
             UNIT[x.dtype], self.bar, INPUTS, decided=ago < NEVER if n_later else None,
+            upper_tail=self.upper_tail_number,
         )  # fmt: skip
         new = torch.from_numpy(ids)
         mark = marks[new].to(torch.int32)
