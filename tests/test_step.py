@@ -249,6 +249,19 @@ def test_right_guesses_are_there_in_time(tmp_path: Path) -> None:
     assert 0.5 < stats.neurons_early / stats.neurons_read < 1, "those that were far from firing are not looked at"
 
 
+def test_guesses_after_a_token_that_is_not_finite(tmp_path: Path) -> None:
+    layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
+    ours, theirs = layer.engine(act, N // 2, True, window=0), layer.engine(act, N, False)
+    first, bad = guesser(layer, ours), torch.full((1, D), float("nan"))
+    for x in walk(6, F32):
+        for engine in (first, ours):
+            assert engine.forward(bad, act, layer.biases).isnan().all()
+        first.forward(x, act, layer.biases)
+        want = theirs.forward(x, act, layer.biases)
+        torch.testing.assert_close(ours.forward(x, act, layer.biases), want, atol=2e-5, rtol=1e-5)
+        books_are_true(ours)
+
+
 def test_whoever_is_at_the_next_layer_is_left_alone(tmp_path: Path) -> None:
     """Another thread computes there: no guess goes into its slots, and nobody waits for it."""
     layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()

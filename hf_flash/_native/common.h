@@ -104,6 +104,7 @@ class Floats {
  public:
   explicit Floats(int64_t n) : lines(static_cast<size_t>(n / 16 + 1)) {}
   float *data() { return lines.data()->numbers; }
+  const float *data() const { return lines.data()->numbers; }
 
  private:
   struct alignas(64) Line {

@@ -74,7 +74,7 @@ struct Whole {
       const size_t at = static_cast<size_t>(g / 2 * 2 * GROUP + j / 32 * GROUP + g % 2 * 32 + j % 32);
       all += 256 * high[at] + low[at];
     }
-    return const_cast<Whole *>(this)->scale.data()[g] * static_cast<float>(all);
+    return scale.data()[g] * static_cast<float>(all);
   }
 };
 
@@ -152,8 +152,9 @@ INLINE __m512 some16(const float *from, int64_t n) {
 }
 
 // What the upper 4 bits of N neurons' codes give them, in steps of 4 bits; `ahead`: those that come next.
-template <int N> INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, float *factors,
-                                        Undecided *out) {
+template <int N>
+INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, float *factors,
+                       Undecided *out) {
   const int64_t groups = s->groups, padded = (groups + 15) / 16 * 16;
   __m512 sums[N];
   for (int r = 0; r < N; r++) {
@@ -171,10 +172,10 @@ template <int N> INLINE void by_nibbles(const Sketch *s, const Inputs *in, const
     }
     out[r] = {who[r], 0, _mm512_reduce_add_ps(squares), _mm512_reduce_add_ps(sure)};
   }
-  const __m512i nibble = _mm512_set1_epi8(15);
+  const __m512i nibble = _mm512_set1_epi8(15), second = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   for (int64_t g = 0; g < groups; g += 2) {
     const __mmask64 both = g + 1 < groups ? ~0ull : 0xffffffffull;
-    const __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(g % 16)), _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(g % 16)), second);
     const int8_t *high = in->high + g * GROUP, *low = in->low + g * GROUP;
     const __m512i h0 = _mm512_loadu_si512(high), h1 = _mm512_loadu_si512(high + GROUP);
     const __m512i l0 = _mm512_loadu_si512(low), l1 = _mm512_loadu_si512(low + GROUP);
@@ -229,7 +230,7 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
   const int64_t n = static_cast<int64_t>(who.size());
   if (!n) return;
   who.resize(who.size() + 2 * N, who.back());
-  Floats factors(N * (s->groups + 15) / 16 * 16 + N * 16);
+  Floats factors(N * (s->groups + 16));
   std::vector<Undecided> undecided;
   for (int64_t k = 0; k < n; k += N) {
     Undecided found[N];
@@ -335,7 +336,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
     some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
                     norms + t * groups, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
                     tiny, unit, threshold, end == T ? near : nullptr, list, in_whole ? whole.high.data() : nullptr, whole.low.data(),
-                    const_cast<Whole &>(whole).scale.data(), whole.rest, planes_constant.data(), upper_tail});
+                    whole.scale.data(), whole.rest, planes_constant.data(), upper_tail});
   }
   const int threads = n * groups < 4096 * max_threads() ? 1 : max_threads();
   const int64_t tile = std::max<int64_t>(16, TILE_WEIGHTS / (groups * GROUP)), n_tiles = (n + tile - 1) / tile;

@@ -247,7 +247,7 @@ void compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
 int64_t nearest(Step *s) {
   std::vector<float> sample;
   for (int64_t i = 0, by = std::max<int64_t>(1, s->n / SAMPLE); i < s->n; i += by)
-    if (s->slot_of[i] < 0) sample.push_back(s->near[i]);
+    if (s->slot_of[i] < 0) sample.push_back(s->near[i] == s->near[i] ? s->near[i] : INFINITY);  // no order knows NaN
   if (sample.empty()) return 0;
   const auto at = sample.begin() + static_cast<int64_t>(NEAREST * static_cast<double>(sample.size()));
   std::nth_element(sample.begin(), at, sample.end(), std::greater<float>());
@@ -313,12 +313,11 @@ void look_ahead(Step *s, const float *x, int dtype) {
   const int64_t n_list = nearest(to);
   for (int64_t k = 0; k < n_list; k++) to->marks[to->list[k]] = 0;
   Guess meanwhile{to};
-  const auto found = [&](int64_t n, int64_t end) { meanwhile.found(n, end == n_list); };
-  using Call = decltype(found);
+  auto found = [&](int64_t n, int64_t end) { meanwhile.found(n, end == n_list); };
+  const Found call = [](void *arg, int64_t n_found, int64_t end) { (*static_cast<decltype(found) *>(arg))(n_found, end); };
   to->early_bytes = 0;
   to->state[CLOCK]++;  // the time of the step to come
-  scan(to, guess.data(), 1, dtype, to->early_ids, to->list, n_list,
-       [](void *arg, int64_t n, int64_t end) { (*static_cast<Call *>(arg))(n, end); }, const_cast<void *>(static_cast<const void *>(&found)));
+  scan(to, guess.data(), 1, dtype, to->early_ids, to->list, n_list, call, &found);
   to->state[CLOCK]--;
   to->n_early = meanwhile.n_seen;
   s->early_s = now() - begun;
