@@ -23,6 +23,7 @@ from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
 from hf_flash.store import FlashLayer, FlashStore
+from hf_flash.trace import Span
 from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
@@ -162,7 +163,8 @@ class NativeStep:
         if result == 1:
             raise self._failure()
         if begun and trace.active is not None:
-            self._trace(trace.active, begun)
+            times = begun, time.perf_counter(), s.gate_s, s.early_s, s.wait_s, s.ffn_s
+            trace.active.add_later(self._spans, *times, s.n_wanted, s.n_reads, s.n_bytes if s.n_read else 0)
         return y
 
     @property
@@ -225,21 +227,29 @@ class NativeStep:
         self.settle()
         return error
 
-    def _trace(self, active: trace.Recorder, begun: float) -> None:
-        """The spans of a step that began then, from the times that it noted."""
-        s = self._s
-        stop = time.perf_counter()
-        scanned, path = begun + s.gate_s, self._layer.path
-        computing = stop - s.ffn_s
-        guessing = computing - s.wait_s - s.early_s
-        active.add(trace.GATE_SCAN, begun, scanned, path, native=True, wanted=s.n_wanted)
-        active.add(trace.SUBMIT, scanned, guessing, path, native=True, reads=s.n_reads)
-        if s.early_s:
-            active.add(trace.EARLY, guessing, computing - s.wait_s, path, native=True)
-        active.add(trace.WAIT, computing - s.wait_s, computing, path)
-        active.add(trace.ARITHMETIC, computing, stop, path, native=True, neurons=s.n_wanted)
-        if s.n_read:
-            active.add_read(computing - s.wait_s, computing, s.n_bytes)
+    def _spans(
+        self, track: int, begun: float, stop: float, gate_s: float, early_s: float, wait_s: float, ffn_s: float,
+        n_wanted: int, n_reads: int, n_bytes: int,
+    ) -> list[Span]:  # fmt: skip
+        """The spans of a step, from the times that it noted."""
+        computing = stop - ffn_s
+        waiting = computing - wait_s
+        guessing, path = waiting - early_s, self._layer.path
+
+        def span(name: str, start: float, stop: float, **args: Any) -> Span:
+            return Span(name, start, stop, path, track, args)
+
+        found = [
+            span(trace.GATE_SCAN, begun, begun + gate_s, native=True, wanted=n_wanted),
+            span(trace.SUBMIT, begun + gate_s, guessing, native=True, reads=n_reads),
+            span(trace.WAIT, waiting, computing),
+            span(trace.ARITHMETIC, computing, stop, native=True, neurons=n_wanted),
+        ]
+        if early_s:
+            found.append(span(trace.EARLY, guessing, waiting, native=True))
+        if n_bytes:
+            found.append(Span(trace.READ, waiting, computing, "", trace.FLASH, {"bytes": n_bytes}))
+        return found
 
     def __del__(self) -> None:
         if self._reader.ring:

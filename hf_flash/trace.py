@@ -57,7 +57,8 @@ class Recorder:
     def spans(self) -> list[Span]:
         """What was noted so far."""
         while self._new:
-            self._spans.append(Span(*self._new.popleft()))
+            first, *rest = self._new.popleft()
+            self._spans += first(*rest) if callable(first) else [Span(first, *rest)]
         for source in self.sources:
             self._spans += source()
         return self._spans
@@ -72,6 +73,14 @@ class Recorder:
             args: details for the trace file, ready for JSON.
         """
         self._new.append((name, start, stop, layer, threading.get_ident(), args))
+
+    def add_later(self, spans: Callable[..., list[Span]], *args: Any) -> None:
+        """Note what `spans(track, *args)` will say once somebody asks: where to make spans would take too long.
+
+        Args:
+            spans: gives spans of a track, the calling thread's, and perhaps reads.
+        """
+        self._new.append((spans, threading.get_ident(), *args))
 
     def add_read(self, start: float, stop: float, n_bytes: int) -> None:
         """Note reads that were under way from their submission until they had landed.
