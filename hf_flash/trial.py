@@ -13,48 +13,50 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-WARM_TOKENS, TRIED_TOKENS, FEW_TOKENS, AGAIN_TOKENS = 24, 12, 3, 2048
+WARM_TOKENS, TRIED_TOKENS, FEW_TOKENS, AGAIN_TOKENS = 24, 12, 4, 2048
+PAYS = 0.95  # of a token's time without, at most, is worth it: the times of tokens differ by more than a tenth
 
 
 class Trial:
-    """Whether early gates are on: tried, decided by the time of a token, and tried again later.
+    """Whether early gates are on: tried every second token, decided by the time of a token, and tried again later.
+
+    In turns, since other jobs slow a machine down and let go of it again from one second to the next.
 
     Attributes:
         on: what holds for the token that is being computed.
     """
 
     def __init__(self) -> None:
-        self.on, self._n_tokens = False, 0
+        self.on, self._n_tokens, self._decided = False, 0, False
         self._last: float | None = None
-        self._times: dict[bool, list[float]] = {False: [], True: []}
+        self._off_s = 0.0  # of the last token without
+        self._ratios: list[float] = []  # of each token with it to the one before, which was without
 
     def next_token(self, now: float | None) -> None:
         """A token begins, at `now` on time.perf_counter's clock; None for a pass of many, which is not counted."""
         if now is None:
             self._last = None
             return
-        if self._last is not None:
-            self._times[self.on].append(now - self._last)
+        if self._last is not None and self.on and self._off_s:
+            self._ratios.append((now - self._last) / self._off_s)
+        self._off_s = 0.0 if self._last is None or self.on else now - self._last
         self._last = now
         self._n_tokens += 1
-        if self._n_tokens == WARM_TOKENS:
-            self._times[False].clear()
-        elif self._n_tokens == WARM_TOKENS + TRIED_TOKENS:
-            self.on = True
-        elif self._hopeless():
-            self._n_tokens = WARM_TOKENS + 2 * TRIED_TOKENS
-        if self._n_tokens == WARM_TOKENS + 2 * TRIED_TOKENS:
-            off_s, on_s = (statistics.median(self._times[way]) for way in (False, True))
-            self.on = on_s < 0.98 * off_s
-            word = "on" if self.on else "off"
-            logger.info(f"hf_flash: early gate {word}: {1e3 * on_s:.1f} ms a token with it, {1e3 * off_s:.1f} without.")
-        elif self._n_tokens >= AGAIN_TOKENS:
+        if self._n_tokens >= AGAIN_TOKENS:
             self.__init__()  # type: ignore[misc]
+        elif self._n_tokens <= WARM_TOKENS or self._decided:
+            return
+        elif len(self._ratios) >= TRIED_TOKENS or self._hopeless():
+            ratio = statistics.median(self._ratios)
+            self.on, self._decided = ratio < PAYS, True
+            word = "on" if self.on else "off"
+            logger.info(f"hf_flash: early gate {word}: a token with it takes {ratio:.2f} times as long as one without.")
+        else:
+            self.on = not self.on
 
     def _hopeless(self) -> bool:
         """Whether a few tokens with it have told enough."""
-        trying = self.on and self._n_tokens < WARM_TOKENS + 2 * TRIED_TOKENS and len(self._times[True]) >= FEW_TOKENS
-        return trying and statistics.median(self._times[True]) > 1.1 * statistics.median(self._times[False])
+        return len(self._ratios) >= FEW_TOKENS and statistics.median(self._ratios) > 1.2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
         return self

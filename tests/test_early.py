@@ -24,18 +24,35 @@ def run(trial: Trial, n_tokens: int, clock: float, off_s: float, on_s: float) ->
 @pytest.mark.parametrize("on_s,kept", [(0.8, True), (0.99, False), (1.5, False)])
 def test_the_faster_way_is_kept_and_tried_again(on_s: float, kept: bool) -> None:
     trial = Trial()
-    clock = run(trial, WARM_TOKENS + TRIED_TOKENS - 1, 0.0, 1.0, on_s)
+    clock = run(trial, WARM_TOKENS, 0.0, 1.0, on_s)
     assert not trial.on
+    ways = []
+    for _ in range(2 * TRIED_TOKENS):
+        clock = run(trial, 1, clock, 1.0, on_s)
+        ways.append(trial.on)
+    if on_s < 1.2:
+        assert ways[:-1] == ([True, False] * TRIED_TOKENS)[:-1], "in turns, until it is decided"
+    else:
+        assert sum(ways) < TRIED_TOKENS, "given up soon"
     clock = run(trial, 1, clock, 1.0, on_s)
-    assert trial.on
-    clock = run(trial, TRIED_TOKENS, clock, 1.0, on_s)
     assert trial.on == kept
     clock = run(trial, 5, clock, 1.0, on_s)
     trial.next_token(None)  # a prompt comes between
-    clock = run(trial, AGAIN_TOKENS - WARM_TOKENS - 2 * TRIED_TOKENS - 5, clock + 1e6, 1.0, on_s)
+    clock = run(trial, 20, clock + 1e6, 1.0, on_s)
+    assert trial.on == kept
+    clock = run(trial, AGAIN_TOKENS - WARM_TOKENS - 2 * TRIED_TOKENS - 26, clock, 1.0, on_s)
     assert not trial.on
-    run(trial, WARM_TOKENS + 2 * TRIED_TOKENS, clock, 1.0, 0.5)
+    run(trial, WARM_TOKENS + 2 * TRIED_TOKENS + 1, clock, 1.0, 0.5)
     assert trial.on
+
+
+def test_a_machine_that_gets_faster_meanwhile_decides_nothing() -> None:
+    """Bug: twelve tokens without, then twelve with it; a neighbour that went in between switched it on for good."""
+    trial, clock = Trial(), 0.0
+    for i in range(WARM_TOKENS + 2 * TRIED_TOKENS + 5):
+        trial.next_token(clock)
+        clock += (1.1 if trial.on else 1.0) * (1.0 if i < WARM_TOKENS + TRIED_TOKENS else 0.6)
+    assert not trial.on
 
 
 class Always(Trial):
