@@ -223,15 +223,17 @@ template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, in
 // The scan of one token in whole numbers, codes of 4 bits times inputs of 16, which AVX512-VNNI sums four at a time. Most
 // neurons are silent by the upper 4 bits of their codes, and the others' planes are looked at only then.
 template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
-  constexpr int N = 4;  // at a time: they share the loads of the inputs
-  std::vector<int32_t> who;
+  constexpr int N = 8;  // at a time: they share the loads of the inputs
+  static thread_local std::vector<int32_t> who;  // they keep their memory from tile to tile
+  static thread_local std::vector<Undecided> undecided;
+  static thread_local std::vector<float> factors;
+  who.clear(), undecided.clear();
   for (int64_t k = begin; k < end; k++)
     if (!wanted[neuron(in, k)]) who.push_back(static_cast<int32_t>(neuron(in, k)));
   const int64_t n = static_cast<int64_t>(who.size());
   if (!n) return;
   who.resize(who.size() + 2 * N, who.back());
-  Floats factors(N * (s->groups + 16));
-  std::vector<Undecided> undecided;
+  factors.resize(static_cast<size_t>(N * (s->groups + 16)));
   for (int64_t k = 0; k < n; k += N) {
     Undecided found[N];
     by_nibbles<N>(s, in, who.data() + k, who.data() + k + N, factors.data(), found);

@@ -92,15 +92,17 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
 // The n slots (fewer if there are no more) that are worth least, these first, of those that this step does not use; the window's only
 // after all others, or not at all.
 std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
-  std::vector<std::pair<double, int64_t>> free;
-  for (int64_t i = 0; i < s->state[N_USED]; i++) {
-    const int64_t neuron = s->neuron_of[s->owned[i]], age = s->state[CLOCK] - s->last[neuron];
-    if (s->last[neuron] < s->state[CLOCK] && !(age < s->window && spare_window))
-      free.emplace_back(s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)] + (age < s->window ? 1e12 : 0.0),
-                        s->owned[i]);
+  static thread_local std::vector<std::pair<double, int64_t>> free;  // what is looked for in every layer is not made anew
+  free.clear();
+  for (int64_t neuron = 0; neuron < s->n; neuron++) {  // in the order in which their accounts lie
+    const int64_t age = s->state[CLOCK] - s->last[neuron];
+    if (s->slot_of[neuron] < 0 || age <= 0 || (age < s->window && spare_window)) continue;
+    const double worth = s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)];
+    free.emplace_back(worth + (age < s->window ? 1e12 : 0.0), s->slot_of[neuron]);
   }
   n = std::min(n, static_cast<int64_t>(free.size()));
-  std::partial_sort(free.begin(), free.begin() + n, free.end());
+  std::nth_element(free.begin(), free.begin() + n, free.end());
+  std::sort(free.begin(), free.begin() + n);
   std::vector<int64_t> slots;
   for (int64_t i = 0; i < n; i++) slots.push_back(free[static_cast<size_t>(i)].second);
   return slots;
