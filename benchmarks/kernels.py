@@ -97,7 +97,7 @@ def ffn_rows(args: Any, name: str, sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def gate_row(args: Any, sweep: Sweep) -> dict[str, Any]:
-    """gate_scan of an 8-bit sketch of the whole layer, of which 3 % fires: 4 bits, and the rest where they do not decide."""
+    """gate_scan of an 8-bit sketch of the whole layer, of which 3 % fires: 4 bits, more where they do not decide."""
     import torch
 
     from hf_flash.gates import CertifiedGate, Sketch
