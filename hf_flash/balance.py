@@ -35,14 +35,15 @@ def divide(worth: Sequence[npt.NDArray[np.float64]], least: IntArray, n_slots: i
     Returns:
         [n_layers], summing to n_slots, none above the layer's number of neurons.
     """
-    rest = [-np.partition(-w, n)[n:] if n < len(w) else w[:0] for w, n in zip(worth, least, strict=True)]
-    owner = np.repeat(np.arange(len(rest)), [len(r) for r in rest])
-    values = np.concatenate(rest)
-    known = np.flatnonzero(values > -1e299)  # of a neuron that was never used nothing is known
-    n_left = n_slots - int(least.sum())
-    if len(known) > n_left:
-        known = known[np.argpartition(-values[known], n_left)[:n_left]]
-    out = least + np.bincount(owner[known], minlength=len(rest))
+    known = [w[w > -1e299] for w in worth]  # of a neuron that was never used nothing is known
+    n_rest = [max(0, len(w) - n) for w, n in zip(known, least, strict=True)]
+    rest = [np.partition(w, n - 1)[:n] if n else w[:0] for w, n in zip(known, n_rest, strict=True)]
+    values, n_left = np.concatenate(rest), n_slots - int(least.sum())
+    best = np.arange(len(values))
+    if len(values) > n_left:
+        best = np.argpartition(values, len(values) - n_left - 1)[len(values) - n_left :]
+    owner = np.searchsorted(np.cumsum(n_rest), best, side="right")
+    out = least + np.bincount(owner, minlength=len(rest))
     room = np.array([len(w) for w in worth]) - out
     n_left = n_slots - int(out.sum())
     spread = room * n_left // max(1, int(room.sum()))  # what nothing is known of, evenly

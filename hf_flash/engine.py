@@ -32,6 +32,7 @@ class Engine(ABC):
 
         Args:
             x: [..., d_model].
+            biases: another object than before where one of them has changed.
 
         Returns:
             [..., d_out], dtype of x.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from hf_flash import ops, trace
 from hf_flash.engine import Engine
@@ -63,6 +64,7 @@ class FlashFFN(nn.Module):
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.order: torch.Tensor | None = None  # [d_ffn] neuron of each row on flash; biases are the stock model's
         self._ordered: dict[bool, tuple[object, torch.Tensor]] = {}  # up's bias or the gate's, and what it was made of
+        self._biases: tuple[object, object, ops.Biases] = (None, None, ops.NO_BIASES)  # as of last, and what of
         self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
@@ -75,7 +77,8 @@ class FlashFFN(nn.Module):
         self._act_path = block.activation.removeprefix(block.path + ".")
         own = isinstance(activation, nn.Module) and not block.inline and self._act_path != block.activation
         self._act_names = self._act_path.split(".")
-        self._is_biased = any(part is not None and part.bias is not None for part in (block.gate, block.up, block.down))
+        biased = [part for part in (block.gate, block.up, block.down) if part is not None and part.bias is not None]
+        self._homes = [self._home(part)._parameters for part in biased]  # where they are, whatever they are by then
         self._hidden_act = [] if own else [activation]
         if isinstance(activation, nn.Module) and own:
             _add_module(self, self._act_path, activation)
@@ -98,7 +101,21 @@ class FlashFFN(nn.Module):
         return act  # type: ignore[no-any-return]
 
     def biases(self) -> ops.Biases:
-        """The stock biases, sliced for this block's parts, in the order of the rows on flash."""
+        """The stock biases, sliced for this block's parts, in the order of the rows on flash.
+
+        While they do not change it is the same object every time, unless a gradient may have to pass.
+        """
+        if not self._homes:
+            return ops.NO_BIASES
+        stored = [home["bias"] for home in self._homes]
+        if torch.is_grad_enabled():
+            return self._made_biases()
+        key = [None if bias is None else (bias.data_ptr(), bias._version) for bias in stored]
+        if self._biases[0] != key:
+            self._biases = key, stored, self._made_biases()  # `stored` stays: no other can take its place in memory
+        return self._biases[2]
+
+    def _made_biases(self) -> ops.Biases:
         block = self.block
         gate = None if block.gate is None else self._stored(block.gate)
         up, down = self._stored(block.up), self._stored(block.down)
@@ -106,18 +123,17 @@ class FlashFFN(nn.Module):
             gate, up = self._in_order(gate, False), self._in_order(up, True)
         return ops.Biases(gate, up, down)
 
-    def _stored(self, part: Part | None) -> torch.Tensor | None:
+    def _stored(self, part: Part) -> torch.Tensor | None:
         """The bias of one of the matrices, as the stock model has it."""
-        if part is None or part.bias is None:
-            return None
-        owner: Any = self
+        return None if part.bias is None else part.bias_of(self._home(part)._parameters["bias"])
+
+    def _home(self, part: Part) -> nn.Module:
+        """The module that has the bias of one of the matrices."""
         if self.block.inline:
-            owner = self.down_stub if part is self.block.down else self
-            return owner._parameters["bias"]  # type: ignore[no-any-return]
-        *path, name = self._bias_path[part.bias].split(".")
-        for inner in path:
-            owner = owner._modules[inner]
-        return part.bias_of(getattr(owner, name))
+            owner: Any = self.down_stub if part is self.block.down else self
+            return owner  # type: ignore[no-any-return]
+        assert part.bias is not None
+        return self.get_submodule(self._bias_path[part.bias].rpartition(".")[0])
 
     def _in_order(self, bias: torch.Tensor | None, is_up: bool) -> torch.Tensor | None:
         """A bias in the order of the rows; made anew when it changed, or when a gradient has to pass."""
@@ -137,7 +153,7 @@ class FlashFFN(nn.Module):
 
     def forward(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._untraced(x, *residual)
         begun = 0.0 if trace.active is None else time.perf_counter()
         engine = self.engine
@@ -156,7 +172,7 @@ class FlashFFN(nn.Module):
             if self.compute_dtype is not None:
                 x = x.to(self.compute_dtype)
             act = self._hidden_act[0] if self._hidden_act else self.own_activation
-            y = engine.forward(x, act, self.biases() if self._is_biased else ops.NO_BIASES)
+            y = engine.forward(x, act, self.biases())
         if residual and self.block.takes_residual:
             y = y + residual[0]
         if begun and trace.active is not None:

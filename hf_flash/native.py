@@ -26,7 +26,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 7
+ABI = 8
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -62,10 +62,6 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     ]  # fmt: skip
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
-    lib.hf_flash_step.restype = _N
-    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N]
-    lib.hf_flash_step_on.restype = _N
-    lib.hf_flash_step_on.argtypes = [_P, _P, _I, _N, _P]
     lib.hf_flash_step_land.restype = _N
     lib.hf_flash_step_land.argtypes = [_P]
     lib.hf_flash_pack.restype = _I

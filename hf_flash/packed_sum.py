@@ -64,7 +64,7 @@ class PackedSum:
         self._act: Activation | None = None  # with dtype and threads, what `_can` was found for
         self._dtype, self._n_threads, self._can = torch.float32, 0, False
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
-        self._is_biased = False
+        self._pointed: Biases | None = NO_BIASES  # what the kernels have
         self._most = layout.d_model * (1 if exact else native.MAX_TOKENS)  # entries of an input
 
     def pin(self, rows: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class PackedSum:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
             return None
-        if biases is not NO_BIASES or self._is_biased:
+        if biases is not self._pointed:
             self._point(biases)
         if self.exact:
             x = x.contiguous()
@@ -116,7 +116,7 @@ class PackedSum:
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels can do it with this activation, dtype and number of threads; tell them."""
-        s, n_threads, self._act = self._s, torch.get_num_threads(), None
+        s, n_threads, self._act, self._pointed = self._s, torch.get_num_threads(), None, None
         if self.exact:
             can = dtype == torch.bfloat16 and all(ordered.agrees(*shape) for shape in self._shapes)
             self._table = ordered.table_of(act) if can else None
@@ -131,7 +131,6 @@ class PackedSum:
 
     def _point(self, biases: Biases) -> None:
         """Biases as the kernels want them, made again where they changed."""
-        self._is_biased = True
         for i, bias in enumerate(biases):
             key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
             if self._biases[i][0] != key:
@@ -139,3 +138,4 @@ class PackedSum:
                 ours = rounded if rounded is None or self.exact else rounded.float()
                 setattr(self._s, _BIASES[i], native.pointer(ours))
                 self._biases[i] = key, ours, bias  # which stays, so that no other can take its place in memory
+        self._pointed = biases

@@ -48,8 +48,9 @@ class _Step(ctypes.Structure):
         *[(name, _P) for name in ("escapes_start", "escapes", "gate_bias", "up_bias", "down_bias")],
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
-        *[(name, _D) for name in ("gate_s", "early_s", "wait_s", "ffn_s")],
-        *[(name, _P) for name in ("ids", "slots", "early_ids", "marks", "near", "list")], ("counters", Counters),
+        *[(name, _D) for name in ("gate_s", "early_s", "here_s", "wait_s", "ffn_s")],
+        *[(name, _P) for name in ("ids", "who", "slots", "early_ids", "spare", "marks", "near", "list")],
+        *[(name, _I) for name in ("n_here", "n_spare", "spare_time")], ("counters", Counters),
     ]  # fmt: skip
 
 
@@ -74,7 +75,7 @@ class NativeStep:
         self._by_reference = ctypes.byref(s)
         layout, sketch = layer.layout, gate.sketch
         n = layer.n_neurons
-        self._ids, self._offset = np.empty((3, n), np.int64), sketch.offset()
+        self._ids, self._offset = np.empty((5, n), np.int64), sketch.offset()
         self._marks, self._list = np.empty(n, np.uint8), np.empty(n, np.int32)
         self._near = np.full(n, np.inf, np.float32)  # nothing is known: all are
         self._keep: list[object] = [store, gate, sketch]  # what the pointers below point into
@@ -96,7 +97,7 @@ class NativeStep:
         if layer.packing is not None:
             s.base, s.escapes_start = layer.packing.base, layer.packing.start.data_ptr()
             s.escapes = layer.packing.escapes.data_ptr()
-        s.ids, s.slots, s.early_ids = (row.ctypes.data for row in self._ids)
+        s.ids, s.who, s.slots, s.early_ids, s.spare = (row.ctypes.data for row in self._ids)
         s.marks, s.near, s.list = (a.ctypes.data for a in (self._marks, self._near, self._list))
         s.state = cache.state.ctypes.data
         stats.count_in(s.counters)
@@ -105,7 +106,7 @@ class NativeStep:
         self._act: Activation | None = None  # with the dtype, what `_known` was found for
         self._dtype, self._code, self._known = torch.float32, 0, False
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
-        self._is_biased = False
+        self._rounded: Biases | None = NO_BIASES  # what the kernels have
         self._window: Window | None = None
         self._books: tuple[Any, ...] = ()
 
@@ -147,23 +148,20 @@ class NativeStep:
             self._reader.check_open()
         if self._window is not self._cache.window:
             self.point()
-        if biases is not NO_BIASES or self._is_biased:
+        if biases is not self._rounded:
             self._round(biases)
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
-        args = (self._by_reference, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr())
         begun = 0.0 if trace.active is None else time.perf_counter()
-        result = self._step(*args, looks)
+        result = self._step(self._by_reference, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks)
         if result == 3:  # what it read will be found in DRAM, by whoever does it the other way now
             self._stats.add(neurons_hit=-s.n_read, neurons_read=s.n_read)
             return None
-        while result == 2:  # a signal came: its handler runs now, and may raise
-            result = self._lib.hf_flash_step_on(*args)
         if result == 1:
             raise self._failure()
         if begun and trace.active is not None:
-            times = begun, time.perf_counter(), s.gate_s, s.early_s, s.wait_s, s.ffn_s
+            times = begun, time.perf_counter(), s.gate_s, s.early_s, s.here_s, s.wait_s, s.ffn_s
             trace.active.add_later(self._spans, *times, s.n_wanted, s.n_reads, s.n_bytes if s.n_read else 0)
         return y
 
@@ -178,10 +176,7 @@ class NativeStep:
         Raises:
             ReadError: a read failed.
         """
-        result = 2
-        while result == 2:
-            result = self._lib.hf_flash_step_land(self._by_reference)
-        if result == 1:
+        if self._lib.hf_flash_step_land(self._by_reference):
             raise self._failure()
 
     def settle(self) -> None:
@@ -196,7 +191,7 @@ class NativeStep:
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels know this activation in this dtype, and tell them."""
-        self._act, code = None, native.activation_code(act, dtype)
+        self._act, self._rounded, code = None, None, native.activation_code(act, dtype)
         self._s.act, self._s.threshold = code or (0, 0.0)
         self._known, self._code = code is not None, native.CODES.get(dtype, 0)
         self._dtype, self._act = dtype, act  # last: Ctrl-C may have come before
@@ -213,7 +208,7 @@ class NativeStep:
 
     def _round(self, biases: Biases) -> None:
         """Biases as the kernels want them, rounded to the input's dtype, in float32; made again where they changed."""
-        self._is_biased, held = True, self._biases
+        held = self._biases
         for i, bias in enumerate(biases):
             key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
             if held[i][0] != key:
@@ -221,6 +216,7 @@ class NativeStep:
                 # The pointer first: if Ctrl-C comes between, the next call sees an old key and does it again.
                 setattr(self._s, _BIASES[i], native.pointer(rounded))
                 held[i] = key, rounded, bias  # which stays, so that no other can take its place in memory
+        self._rounded = biases
 
     def _failure(self) -> BaseException:
         error = self._reader.error_of(self._s.early or self._s.batch)
@@ -228,13 +224,14 @@ class NativeStep:
         return error
 
     def _spans(
-        self, track: int, begun: float, stop: float, gate_s: float, early_s: float, wait_s: float, ffn_s: float,
-        n_wanted: int, n_reads: int, n_bytes: int,
+        self, track: int, begun: float, stop: float, gate_s: float, early_s: float, here_s: float, wait_s: float,
+        ffn_s: float, n_wanted: int, n_reads: int, n_bytes: int,
     ) -> list[Span]:  # fmt: skip
         """The spans of a step, from the times that it noted."""
-        computing = stop - ffn_s
+        computing, path = stop - ffn_s, self._layer.path
         waiting = computing - wait_s
-        guessing, path = waiting - early_s, self._layer.path
+        here = waiting - here_s
+        guessing = here - early_s
 
         def span(name: str, start: float, stop: float, **args: Any) -> Span:
             return Span(name, start, stop, path, track, args)
@@ -246,7 +243,9 @@ class NativeStep:
             span(trace.ARITHMETIC, computing, stop, native=True, neurons=n_wanted),
         ]
         if early_s:
-            found.append(span(trace.EARLY, guessing, waiting, native=True))
+            found.append(span(trace.EARLY, guessing, here, native=True))
+        if here_s:
+            found.append(span(trace.ARITHMETIC, here, waiting, native=True))
         if n_bytes:
             found.append(Span(trace.READ, waiting, computing, "", trace.FLASH, {"bytes": n_bytes}))
         return found

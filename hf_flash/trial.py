@@ -1,7 +1,7 @@
 """Whether what is done early pays: tried while tokens are made, decided by their time, and tried again later.
 
 A second look at a gate costs arithmetic and buys waiting, and whether it pays depends on the disk. So some tokens are
-made without it and some with it (few, if these are much slower), and the faster way is kept.
+made without it and some with it (few, if these are slower), and the faster way is kept.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Trial:
 
     def _hopeless(self) -> bool:
         """Whether a few tokens with it have told enough."""
-        return len(self._ratios) >= FEW_TOKENS and statistics.median(self._ratios) > 1.2
+        return len(self._ratios) >= FEW_TOKENS and statistics.median(self._ratios) > 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
         return self

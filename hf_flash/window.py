@@ -65,9 +65,12 @@ class Window:
 
     def worth(self) -> npt.NDArray[np.float64]:
         """[n_neurons] log2 of what every neuron is worth now; -1e300 for those that were never used."""
-        return np.where(self._key > _NEVER, self._worth(slice(None)) - self.clock / self.half_life, _NEVER)
+        used = np.flatnonzero(self._key > _NEVER)
+        out = np.full(len(self._key), _NEVER)
+        out[used] = self._worth(used) - self.clock / self.half_life
+        return out
 
-    def _worth(self, neurons: IntArray | slice) -> npt.NDArray[np.float64]:
+    def _worth(self, neurons: IntArray) -> npt.NDArray[np.float64]:
         age = np.clip(self.clock - self._last[neurons], 0, len(LATELY) - 1)
         return self._key[neurons] + LATELY[age]
 

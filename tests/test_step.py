@@ -156,7 +156,7 @@ def test_a_bias_that_changed_is_seen(tmp_path: Path) -> None:
     engine, x = layer.engine(act, N, True), torch.randn(1, D)
     before = engine.forward(x, act, layer.biases)
     layer.biases.down.add_(1)
-    torch.testing.assert_close(engine.forward(x, act, layer.biases), before + 1)
+    torch.testing.assert_close(engine.forward(x, act, Biases(*layer.biases)), before + 1)
 
 
 def test_an_unknown_activation_goes_the_other_way(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 #include <chrono>
 #include <cstdint>
 
-// Results of calls that wait. SIGNAL: its handler has to run, then call again.
+// Results of calls. SIGNAL, of those that wait: its handler has to run, then call again.
 enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
 
 struct Counters {  // FlashStats has their meaning, stats.py the same fields; they only grow

@@ -40,8 +40,11 @@ struct Inputs {
   float upper_tail;              // `tail` of the upper 4 bits; NaN where they do not decide alone
 };
 
-// One token in whole numbers. A pair of groups takes 128 entries: the first 32 of either, then the last 32 of either, as
-// 64 bytes of nibbles have their codes.
+// Where `Whole` has entry j of group g. A pair of groups takes 128 places: the first 32 of either, then the last 32 of
+// either, as 64 bytes of nibbles have their codes.
+INLINE int64_t place(int64_t g, int64_t j) { return g / 2 * 2 * GROUP + j / 32 * GROUP + g % 2 * 32 + j % 32; }
+
+// One token in whole numbers.
 struct Whole {
   std::vector<int8_t> high, low;
   Floats scale;
@@ -57,7 +60,7 @@ struct Whole {
       const float unit = largest / 32512, times = unit >= 0x1p-100f ? 1 / unit : 0;
       scale.data()[g] = unit;
       for (int j = 0; j < GROUP; j++) {
-        const size_t at = static_cast<size_t>(g / 2 * 2 * GROUP + j / 32 * GROUP + g % 2 * 32 + j % 32);
+        const size_t at = static_cast<size_t>(place(g, j));
         const int32_t v = static_cast<int32_t>(std::lrint(from[j] * times)), upper = (v + 128) >> 8;
         high[at] = static_cast<int8_t>(upper), low[at] = static_cast<int8_t>(v - 256 * upper);
         const double off = static_cast<double>(from[j]) - static_cast<double>(unit) * v;
@@ -71,7 +74,7 @@ struct Whole {
   float sum(int64_t g) const {
     int32_t all = 0;
     for (int j = 0; j < GROUP; j++) {
-      const size_t at = static_cast<size_t>(g / 2 * 2 * GROUP + j / 32 * GROUP + g % 2 * 32 + j % 32);
+      const size_t at = static_cast<size_t>(place(g, j));
       all += 256 * high[at] + low[at];
     }
     return scale.data()[g] * static_cast<float>(all);
@@ -200,7 +203,7 @@ template <int BITS> INLINE __m512i lower_bits(const Sketch *s, int64_t at) {  //
 }
 
 INLINE __m512i entries(const int8_t *x, int64_t g) {  // the 64 of group g, in order
-  const int8_t *from = x + g / 2 * 2 * GROUP + g % 2 * 32;
+  const int8_t *from = x + place(g, 0);
   const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
   return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + GROUP)), 1);
 }

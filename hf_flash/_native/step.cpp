@@ -1,4 +1,5 @@
-// A few tokens through one FFN with the certified gate, in one call: gate, lookup, reads into slots, wait, sum.
+// A few tokens through one FFN with the certified gate, in one call: gate, lookup, reads into slots, the sum of what is in
+// DRAM meanwhile, wait, the rest of the sum.
 //
 // The arrays are those of cache.py and window.py, which do the same in Python where this cannot be had (no io_uring, many
 // tokens) and are its reference. Whoever calls holds the cache's lock.
@@ -34,7 +35,7 @@ struct Step {  // step.py has the same fields in the same order
   void *ring;
   int64_t fd, start, max_gap, max_rows;
   uint8_t *sink;
-  void *batch, *early;  // under way: what a step misses, what `look_ahead` guessed
+  void *batch, *early;  // under way: what a step misses, null between calls; what `look_ahead` guessed
   // The layer behind, whose input is guessed to be this one's times `scale` plus `shift`; null for none.
   Step *next;
   const float *scale, *shift;
@@ -46,12 +47,16 @@ struct Step {  // step.py has the same fields in the same order
   const float *gate_bias, *up_bias, *down_bias;  // [n], [n], [d_out], rounded to the dtype of x; or null
   // What was found.
   int64_t n_wanted, n_read, n_bytes, n_reads, n_fired, n_early, n_early_right, early_bytes;
-  double gate_s, early_s, wait_s, ffn_s;
+  double gate_s, early_s, here_s, wait_s, ffn_s;  // here_s: what of the FFN needs nothing from flash
   // Scratch.
-  int64_t *ids, *slots, *early_ids;  // [n]
+  int64_t *ids;          // [n]: the wanted ones, sorted
+  int64_t *who, *slots;  // [n]: the same, those in DRAM first, and where they are
+  int64_t *early_ids;    // [n]
+  int64_t *spare;        // [n]: whose slots the step at `spare_time` may take, those worth least first; -1 where taken
   uint8_t *marks;        // [n]
   float *near;           // [n]: what the last token's scan found, see gate.cpp
   int32_t *list;         // [n]
+  int64_t n_here, n_spare, spare_time;
   Counters counters;
 };
 }
@@ -60,14 +65,16 @@ namespace {
 
 enum State { N_SLOTS, N_USED, CLOCK, LARGEST };  // cache.py has the same
 
-// Waits for a batch and forgets it. 0: it is there; 1: a read failed, and the batch says which; 2: a signal came.
-int land(Step *s, void **batch) {
-  if (!*batch) return 0;
-  const int result = hf_flash_batch_wait(s->ring, *batch);
+// Waits for a batch and forgets it, unless a read failed: the batch says which. A signal's handler can wait: whatever it
+// does, nobody may leave before the memory that is read into is full.
+int land(void *ring, void **batch) {
+  if (!*batch) return DONE;
+  int result = SIGNAL;
+  while (result == SIGNAL) result = hf_flash_batch_wait(ring, *batch);
   if (result) return result;
   hf_flash_batch_free(*batch);
   *batch = nullptr;
-  return 0;
+  return DONE;
 }
 
 constexpr int64_t SAMPLE = 256;  // neurons by which `nearest` is chosen
@@ -77,7 +84,7 @@ constexpr double NEAREST = 0.25;  // share of those not in DRAM that a guess loo
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
-  const int result = land(s, &s->early);
+  const int result = land(s->ring, &s->early);
   for (int64_t i = 0; i < s->n_early && !result; i++)
     if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->state[CLOCK] - s->window - 1;
   return result;
@@ -89,23 +96,23 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
   s->last[neuron] = s->state[CLOCK];
 }
 
-// The n slots (fewer if there are no more) that are worth least, these first, of those that this step does not use; the window's only
-// after all others, or not at all.
-std::vector<int64_t> victims(const Step *s, int64_t n, bool spare_window) {
+// The n neurons (fewer if there are no more) whose slots are worth least at a time, these first, of those not used at
+// that time; the window's only after all others, or not at all.
+std::vector<int64_t> victims(const Step *s, int64_t time, int64_t n, bool spare_window) {
   static thread_local std::vector<std::pair<double, int64_t>> free;  // what is looked for in every layer is not made anew
   free.clear();
   for (int64_t neuron = 0; neuron < s->n; neuron++) {  // in the order in which their accounts lie
-    const int64_t age = s->state[CLOCK] - s->last[neuron];
+    const int64_t age = time - s->last[neuron];
     if (s->slot_of[neuron] < 0 || age <= 0 || (age < s->window && spare_window)) continue;
     const double worth = s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)];
-    free.emplace_back(worth + (age < s->window ? 1e12 : 0.0), s->slot_of[neuron]);
+    free.emplace_back(worth + (age < s->window ? 1e12 : 0.0), neuron);
   }
   n = std::min(n, static_cast<int64_t>(free.size()));
   std::nth_element(free.begin(), free.begin() + n, free.end());
   std::sort(free.begin(), free.begin() + n);
-  std::vector<int64_t> slots;
-  for (int64_t i = 0; i < n; i++) slots.push_back(free[static_cast<size_t>(i)].second);
-  return slots;
+  std::vector<int64_t> neurons;
+  for (int64_t i = 0; i < n; i++) neurons.push_back(free[static_cast<size_t>(i)].second);
+  return neurons;
 }
 
 int64_t fresh_slot(Step *s) {
@@ -130,36 +137,44 @@ void *read_into_slots(Step *s, void *batch, const std::vector<int64_t> &neurons,
   return batch;
 }
 
-// n slots: fresh ones, then as many of `old` as are needed.
+// n slots: fresh ones, then as many of those of `old` neurons as are needed.
 std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t> &old) {
   std::vector<int64_t> slots;
   for (size_t k = 0; slots.size() < n;) {
     const int64_t fresh = fresh_slot(s);
-    slots.push_back(fresh >= 0 ? fresh : old[k++]);
+    slots.push_back(fresh >= 0 ? fresh : s->slot_of[old[k++]]);
   }
   return slots;
+}
+
+// Look whose slots the step at a time may take: as many as the last one took, and some to choose from.
+void set_aside(Step *s, int64_t time) {
+  const int64_t n = s->n_read + s->n_read / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
+  const std::vector<int64_t> found = n > 0 ? victims(s, time, n, false) : std::vector<int64_t>();
+  std::copy(found.begin(), found.end(), s->spare);
+  s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
 }
 
 // What a scan finds is read while it goes on. A slot is given away only if its neuron is known not to be wanted; what
 // finds no such slot waits for the end of the scan.
 struct Meanwhile {
   Step *s;
-  std::vector<int64_t> old, missing;  // slots worth least, -1 where taken; neurons without a slot, sorted
-  int64_t n_seen = 0, n_likely;
-  bool looked = false;
+  std::vector<int64_t> missing, coming;  // neurons without a slot, sorted; those that have been given one
+  int64_t n_seen = 0;
   double spent = 0;
 
-  explicit Meanwhile(Step *step) : s(step), n_likely(s->n_read + s->n_read / 2) {  // as last time, and some to choose from
+  explicit Meanwhile(Step *step) : s(step) {
+    if (s->spare_time != s->state[CLOCK]) set_aside(s, s->state[CLOCK]);
     s->n_read = s->n_bytes = s->n_reads = s->n_early_right = 0;
   }
 
   int64_t slot(int64_t end) {
     const int64_t fresh = fresh_slot(s);
-    if (fresh < 0 && !looked) old = victims(s, n_likely, false), looked = true;  // the other threads are scanning
-    for (size_t k = 0; fresh < 0 && k < old.size(); k++) {
-      if (old[k] < 0) continue;
-      const int64_t neuron = s->neuron_of[old[k]];
-      if (neuron < end && s->last[neuron] < s->state[CLOCK]) return std::exchange(old[k], -1);
+    for (int64_t k = 0; fresh < 0 && k < s->n_spare; k++) {
+      const int64_t neuron = s->spare[k];
+      if (neuron < 0 || neuron >= end || s->last[neuron] >= s->state[CLOCK] || s->slot_of[neuron] < 0) continue;
+      s->spare[k] = -1;
+      return s->slot_of[neuron];
     }
     return fresh;
   }
@@ -175,6 +190,7 @@ struct Meanwhile {
     for (int64_t to; slots.size() < missing.size() && (to = slot(end)) >= 0;) slots.push_back(to);
     const auto upto = missing.begin() + static_cast<int64_t>(slots.size());
     s->batch = read_into_slots(s, s->batch, std::vector<int64_t>(missing.begin(), upto), slots, &s->n_bytes, &s->n_reads);
+    coming.insert(coming.end(), missing.begin(), upto);
     missing.erase(missing.begin(), upto);
     s->n_read += static_cast<int64_t>(slots.size());
     spent += now() - begun;
@@ -183,37 +199,46 @@ struct Meanwhile {
 
 // Slots for the rest of what is wanted, and reads under way for them. Returns as hf_flash_step does.
 int fetch(Step *s, const std::vector<int64_t> &missing) {
+  const int64_t n = static_cast<int64_t>(missing.size()), now = s->state[CLOCK];
+  s->n_read += n;
+  const int64_t n_old = std::max<int64_t>(0, n - (s->state[N_SLOTS] - s->state[N_USED]));
+  std::vector<int64_t> old = n_old ? victims(s, now, n_old, false) : std::vector<int64_t>();
+  if (static_cast<int64_t>(old.size()) < n_old) {  // wrong guesses are in the way: wait for them, then they can go
+    const int result = land_early(s);
+    if (result) return result;
+    old = victims(s, now, n_old, false);
+    if (static_cast<int64_t>(old.size()) < n_old) return NO_ROOM;
+  }
+  s->batch = read_into_slots(s, s->batch, missing, fresh_and_old(s, missing.size(), old), &s->n_bytes, &s->n_reads);
+  return DONE;
+}
+
+// Everything is under way. `who` <- the wanted neurons, first those that need not be waited for. `coming`, sorted: the
+// others, apart from right guesses.
+void keep_books(Step *s, const std::vector<int64_t> &coming) {
   int64_t early = 0;
+  size_t k = 0;
+  s->n_here = 0;
+  static thread_local std::vector<int64_t> later;
+  later.clear();
   for (int64_t i = 0; i < s->n_wanted; i++) {
     const int64_t neuron = s->ids[i];
     use(s, neuron);
     while (early < s->n_early && s->early_ids[early] < neuron) early++;
-    s->n_early_right += early < s->n_early && s->early_ids[early] == neuron;
+    const bool is_early = early < s->n_early && s->early_ids[early] == neuron;
+    const bool is_coming = k < coming.size() && coming[k] == neuron;
+    s->n_early_right += is_early, k += is_coming;
+    if (is_early || is_coming) later.push_back(neuron);
+    else s->who[s->n_here++] = neuron;
   }
-  const int64_t n = static_cast<int64_t>(missing.size());
-  s->n_read += n;
-  const int64_t n_old = std::max<int64_t>(0, n - (s->state[N_SLOTS] - s->state[N_USED]));
-  std::vector<int64_t> old = victims(s, n_old, false);
-  if (static_cast<int64_t>(old.size()) < n_old) {  // wrong guesses are in the way: wait for them, then they can go
-    int result = SIGNAL;
-    while (result == SIGNAL) result = land_early(s);
-    if (result) return result;
-    old = victims(s, n_old, false);
-    if (static_cast<int64_t>(old.size()) < n_old) return NO_ROOM;
-  }
-  s->batch = read_into_slots(s, s->batch, missing, fresh_and_old(s, missing.size(), old), &s->n_bytes, &s->n_reads);
-  for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->ids[i]];
-  return 0;
+  std::copy(later.begin(), later.end(), s->who + s->n_here);
+  for (int64_t i = 0; i < s->n_wanted; i++) s->slots[i] = s->slot_of[s->who[i]];
 }
 
 // The step is not to be: no time has passed, nobody is in use, and nothing is under way. What was read stays.
 int undo(Step *s, int64_t T) {
-  int result = SIGNAL;
-  while (result == SIGNAL) result = land_early(s);
-  if (result) return result;
-  result = SIGNAL;
-  while (result == SIGNAL) result = land(s, &s->batch);
-  if (result) return result;
+  const int early = land_early(s), result = land(s->ring, &s->batch);
+  if (early || result) return FAILED;
   s->state[CLOCK] -= T;
   for (int64_t i = 0; i < s->n_wanted; i++) s->last[s->ids[i]] = std::min(s->last[s->ids[i]], s->state[CLOCK]);
   s->counters.bytes_read += s->n_bytes, s->counters.n_reads += s->n_reads;
@@ -226,23 +251,17 @@ std::vector<float> gather(const float *bias, const int64_t *ids, int64_t n) {
   return out;
 }
 
-void compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
-  const double begun = now();
-  const std::vector<float> x32 = to_float(x, T * s->d, dtype);
-  const std::vector<float> gate = gather(s->gate_bias, s->ids, s->n_wanted), up = gather(s->up_bias, s->ids, s->n_wanted);
+// out [T, d_out] += what neurons begin .. end of `who` make of x [T, d].
+void add_ffn(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t begin, int64_t end, float *out) {
+  const int64_t n = end - begin, *ids = s->who + begin, *slots = s->slots + begin;
+  const std::vector<float> gate = gather(s->gate_bias, ids, n), up = gather(s->up_bias, ids, n);
   const float *gate_bias = s->gate_bias ? gate.data() : nullptr, *up_bias = s->up_bias ? up.data() : nullptr;
-  std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
   const int gated = static_cast<int>(s->gated), act = static_cast<int>(s->act);
-  s->n_fired = s->packed ? hf_flash_packed_ffn(x32.data(), T, s->d, s->d_out, s->rows, s->row_bytes, s->slots, s->ids,
-                                               s->n_wanted, gate_bias, up_bias, gated, static_cast<int>(s->base),
-                                               s->escapes_start, s->escapes, dtype, act, s->threshold, out.data())
-                         : hf_flash_sparse_ffn(x32.data(), T, s->d, s->d_out, s->rows, s->row_bytes, s->slots,
-                                               s->n_wanted, gate_bias, up_bias, gated, static_cast<int>(s->dtype), dtype,
-                                               act, s->threshold, out.data());
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < s->d_out && s->down_bias; j++) out[static_cast<size_t>(t * s->d_out + j)] += s->down_bias[j];
-  from_float(out.data(), T * s->d_out, dtype, y);
-  s->ffn_s = now() - begun;
+  s->n_fired += s->packed ? hf_flash_packed_ffn(x.data(), T, s->d, s->d_out, s->rows, s->row_bytes, slots, ids, n, gate_bias,
+                                                up_bias, gated, static_cast<int>(s->base), s->escapes_start, s->escapes,
+                                                dtype, act, s->threshold, out)
+                          : hf_flash_sparse_ffn(x.data(), T, s->d, s->d_out, s->rows, s->row_bytes, slots, n, gate_bias,
+                                                up_bias, gated, static_cast<int>(s->dtype), dtype, act, s->threshold, out);
 }
 
 // Neurons that are not in DRAM and came near to firing at the last token: `list` <- them, sorted; returns how many.
@@ -274,7 +293,7 @@ int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const 
 // What is guessed is read while the guessing goes on, as far as there are slots that are fresh or outside the window.
 struct Guess {
   Step *s;
-  std::vector<int64_t> old = {}, neurons = {}, slots = {};  // slots worth least; what will be read, and where to
+  std::vector<int64_t> old = {}, neurons = {}, slots = {};  // who may go; what will be read, and where to
   size_t n_old = 0;  // how many of `old` are taken
   int64_t n_seen = 0;
 
@@ -283,9 +302,9 @@ struct Guess {
     if (fresh >= 0) return fresh;
     if (n_old == old.size()) {
       read();  // they must have their slots before others are looked for
-      old = victims(s, VICTIMS, true), n_old = 0;  // the other threads are scanning
+      old = victims(s, s->state[CLOCK], VICTIMS, true), n_old = 0;  // the other threads are scanning
     }
-    return n_old < old.size() ? old[n_old++] : -1;
+    return n_old < old.size() ? s->slot_of[old[n_old++]] : -1;
   }
 
   void read() {
@@ -325,20 +344,30 @@ void look_ahead(Step *s, const float *x, int dtype) {
   s->early_s = now() - begun;
 }
 
-int wait_and_compute(Step *s, const void *x, int64_t T, int dtype, void *y) {
+// What is in DRAM is computed on while the rest is read.
+int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, void *y) {
+  std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
   const double begun = now();
-  int result = land_early(s);
-  if (!result) result = land(s, &s->batch);
-  s->wait_s += now() - begun;
-  if (result) return result;
-  compute(s, x, T, dtype, y);
+  s->n_fired = 0;
+  if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, out.data());
+  const double waiting = now();
+  s->here_s = waiting - begun;
+  const int early = land_early(s), result = land(s->ring, &s->batch);
+  const double computing = now();
+  s->wait_s = computing - waiting;
+  if (early || result) return FAILED;
+  if (s->n_here < s->n_wanted) add_ffn(s, x, T, dtype, s->n_here, s->n_wanted, out.data());
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t j = 0; j < s->d_out && s->down_bias; j++) out[static_cast<size_t>(t * s->d_out + j)] += s->down_bias[j];
+  from_float(out.data(), T * s->d_out, dtype, y);
+  s->ffn_s = now() - computing;
   Counters &c = s->counters;
   c.neurons_wanted += s->n_wanted, c.neurons_hit += s->n_wanted - s->n_read - s->n_early_right;
   c.neurons_read += s->n_read + s->n_early_right, c.neurons_early += s->n_early_right, c.neurons_fired += s->n_fired;
   c.bytes_read += s->n_bytes + s->early_bytes, c.n_reads += s->n_reads + s->n_early;
-  c.gate_s += s->gate_s, c.wait_s += s->wait_s, c.compute_s += s->ffn_s;
+  c.gate_s += s->gate_s, c.wait_s += s->wait_s, c.compute_s += s->here_s + s->ffn_s;
   s->n_early = s->early_bytes = 0;
-  return 0;
+  return DONE;
 }
 
 }  // namespace
@@ -347,9 +376,8 @@ extern "C" {
 
 int64_t hf_flash_step_bytes() { return sizeof(Step); }
 
-// y [T, d_out] = the FFN of x [T, d], both of `dtype`. 0: done; 1: a read failed; 2: a signal came, call
-// hf_flash_step_on; 3: more neurons are wanted than there are slots (ids are there): no time has passed, but
-// some of them may have been read.
+// y [T, d_out] = the FFN of x [T, d], both of `dtype`. DONE; FAILED: a read did; NO_ROOM: more neurons are wanted than
+// there are slots (ids are there): no time has passed, but some of them may have been read.
 //
 // `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too.
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks) {
@@ -361,17 +389,20 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   std::memset(s->marks, 0, static_cast<size_t>(s->n));
   s->n_wanted = scan(s, x32.data(), T, dtype, s->ids, nullptr, s->n, found, &meanwhile);
   s->state[LARGEST] = std::max(s->state[LARGEST], s->n_wanted);
-  s->gate_s = now() - begun - meanwhile.spent, s->early_s = s->wait_s = s->ffn_s = 0;
+  s->gate_s = now() - begun - meanwhile.spent, s->early_s = s->here_s = s->wait_s = s->ffn_s = 0;
   const int result = s->n_wanted > s->state[N_SLOTS] ? NO_ROOM : fetch(s, meanwhile.missing);
   if (result == NO_ROOM) return undo(s, T);
-  if (result) return result;
+  if (result) return land(s->ring, &s->batch), result;
+  std::vector<int64_t> &coming = meanwhile.coming;
+  coming.insert(coming.end(), meanwhile.missing.begin(), meanwhile.missing.end());
+  std::sort(coming.begin(), coming.end());
+  keep_books(s, coming);
+  set_aside(s, s->state[CLOCK] + 1);  // for the next step, while flash is busy
   if (looks && s->next && T == 1) look_ahead(s, x32.data(), dtype);
-  return wait_and_compute(s, x, T, dtype, y);
+  return compute_and_wait(s, x32, T, dtype, y);
 }
 
 // Wait for what was read early. Returns as hf_flash_step does.
 int hf_flash_step_land(Step *s) { return land_early(s); }
-
-int hf_flash_step_on(Step *s, const void *x, int64_t T, int dtype, void *y) { return wait_and_compute(s, x, T, dtype, y); }
 
 }  // extern "C"

@@ -37,6 +37,7 @@
 
 namespace {
 
+constexpr unsigned MAX_FILES = 64;     // registered with a ring
 constexpr size_t MAX_READ = 1u << 30;  // what one call reads is capped near 2 GiB anyway; the rest goes on as a short read
 
 // A thread that is woken when reads land, and whom it tells.
@@ -130,11 +131,30 @@ struct Ring {
   bool leader = false;
   bool plain_read = false;  // IORING_OP_READ is known (Linux 5.6): no vector to copy in for a read into one buffer
   std::deque<Op *> line;  // reads that found no room in the queue
+  std::vector<int> files;   // what the kernel knows without looking it up for every read, by its number there
+  size_t most_files = 0;    // that it takes
   std::shared_ptr<Watcher> watcher;  // null until somebody watches
 
   int enter(unsigned submit, unsigned wait) {
     return static_cast<int>(
         syscall(__NR_io_uring_enter, fd, submit, wait, wait ? IORING_ENTER_GETEVENTS : 0u, nullptr, 0));
+  }
+
+  // The number that the kernel has for a file; -1 where it takes no more.
+  int number_of(int file) {
+    const auto known = std::find(files.begin(), files.end(), file);
+    const int number = static_cast<int>(known - files.begin());
+    if (known != files.end()) return number;
+    if (files.size() >= most_files) return -1;
+    io_uring_files_update update{};
+    update.offset = static_cast<uint32_t>(number);
+    update.fds = reinterpret_cast<uint64_t>(&file);
+    if (syscall(__NR_io_uring_register, fd, IORING_REGISTER_FILES_UPDATE, &update, 1) != 1) {
+      most_files = 0;  // not asked again for every read
+      return -1;
+    }
+    files.push_back(file);
+    return number;
   }
 
   void push(Op *op) {
@@ -145,7 +165,9 @@ struct Ring {
     const size_t n = op->iov.size() - op->done;
     const bool one = plain_read && n == 1 && iov->iov_len <= MAX_READ;
     sqe->opcode = one ? IORING_OP_READ : IORING_OP_READV;
-    sqe->fd = op->fd;
+    const int number = number_of(op->fd);
+    sqe->fd = number < 0 ? op->fd : number;
+    sqe->flags = number < 0 ? 0 : IOSQE_FIXED_FILE;
     sqe->off = static_cast<uint64_t>(op->offset + op->got);
     sqe->addr = reinterpret_cast<uint64_t>(one ? iov->iov_base : iov);
     sqe->len = static_cast<uint32_t>(one ? iov->iov_len : n);
@@ -255,6 +277,7 @@ struct Ring {
     try {
       Watcher *one = made.get();
       made->thread = std::thread([one] { one->run(); });
+      pthread_setname_np(made->thread.native_handle(), "hf_flash-ring");
       watcher = made;
     } catch (const std::system_error &) {
       syscall(__NR_io_uring_register, fd, IORING_UNREGISTER_EVENTFD, nullptr, 0);
@@ -268,12 +291,7 @@ void *map(int fd, size_t size, off_t what) {
   return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
 }
 
-}  // namespace
-
-extern "C" {
-
-void hf_flash_ring_close(void *handle) {
-  Ring *r = static_cast<Ring *>(handle);
+void close_ring(Ring *r) {
   if (r->watcher) r->watcher->forget();  // whoever watches starts no reads from here on
   {
     std::lock_guard<std::mutex> hold(r->mutex);  // what is in flight writes into memory that is not ours to free
@@ -290,8 +308,7 @@ void hf_flash_ring_close(void *handle) {
   delete r;
 }
 
-// A ring for `depth` reads in flight; null and errno where the kernel or a sandbox refuses.
-void *hf_flash_ring_open(unsigned depth) {
+Ring *open_ring(unsigned depth) {
   Ring *r = new Ring;
   io_uring_params p;
   std::memset(&p, 0, sizeof p);
@@ -310,7 +327,7 @@ void *hf_flash_ring_open(unsigned depth) {
   r->cq_map = p.features & IORING_FEAT_SINGLE_MMAP ? r->sq_map : map(r->fd, r->cq_size, IORING_OFF_CQ_RING);
   r->sqe_map = map(r->fd, r->sqe_size, IORING_OFF_SQES);
   if (r->sq_map == MAP_FAILED || r->cq_map == MAP_FAILED || r->sqe_map == MAP_FAILED) {
-    hf_flash_ring_close(r);
+    close_ring(r);
     return nullptr;
   }
   char *sq = static_cast<char *>(r->sq_map), *cq = static_cast<char *>(r->cq_map);
@@ -323,8 +340,19 @@ void *hf_flash_ring_open(unsigned depth) {
   r->cq_mask = reinterpret_cast<unsigned *>(cq + p.cq_off.ring_mask);
   r->cqes = reinterpret_cast<io_uring_cqe *>(cq + p.cq_off.cqes);
   r->sqes = static_cast<io_uring_sqe *>(r->sqe_map);
+  const std::vector<int> none(MAX_FILES, -1);
+  if (!syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_FILES, none.data(), MAX_FILES)) r->most_files = MAX_FILES;
   return r;
 }
+
+}  // namespace
+
+extern "C" {
+
+void hf_flash_ring_close(void *handle) { close_ring(static_cast<Ring *>(handle)); }
+
+// A ring for `depth` reads in flight; null and errno where the kernel or a sandbox refuses.
+void *hf_flash_ring_open(unsigned depth) { return open_ring(depth); }
 
 // Start n reads: read i fills buffers first[i] .. first[i + 1] from offsets[i] of fds[i].
 void *hf_flash_ring_submit(void *handle, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,

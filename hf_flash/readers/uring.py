@@ -31,6 +31,9 @@ class UringReader(ThreadReader):
         n_threads: of the pool that serves what the ring cannot.
         depth: reads in flight.
 
+    Attributes:
+        ring: the native ring, None once it is closed.
+
     Raises:
         OSError: the kernel or a sandbox refuses io_uring, or the native extension is not built.
     """
@@ -42,8 +45,8 @@ class UringReader(ThreadReader):
         lib = native.library()
         if lib is None:
             raise OSError(errno.ENOSYS, "the native extension is not built")
-        self._ring = lib.hf_flash_ring_open(depth)
-        if not self._ring:
+        self.ring: int | None = lib.hf_flash_ring_open(depth)
+        if not self.ring:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._lib = lib
         self._live: dict[int, _UringTicket] = {}  # submitted and not yet known to have landed
@@ -70,7 +73,7 @@ class UringReader(ThreadReader):
         ticket = self._ticket(arrays)
         start = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit(
-            self._ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
+            self.ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
             addresses.ctypes.data, lengths.ctypes.data,
         )  # fmt: skip
         if trace.active is not None:
@@ -93,7 +96,7 @@ class UringReader(ThreadReader):
         ticket = self._ticket([base, junk])
         begun = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit_rows(
-            self._ring, None, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
+            self.ring, None, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
             slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
             ctypes.byref(n_reads),
         )  # fmt: skip
@@ -104,12 +107,7 @@ class UringReader(ThreadReader):
 
     def forked(self) -> None:
         """This process was forked from the one that opened the ring, and shares its memory: it is not touched again."""
-        self._ring, self._closed, self.is_forked = None, True, True
-
-    @property
-    def ring(self) -> int | None:
-        """The native ring, None once it is closed."""
-        return self._ring
+        self.ring, self._closed, self.is_forked = None, True, True
 
     def fd(self, file: int) -> int:
         """File descriptor of a file."""
@@ -140,7 +138,7 @@ class UringReader(ThreadReader):
 
     def _close_ring(self) -> None:
         """Wait for what is in flight; files are closed and memory is freed only after that."""
-        ring, self._ring = self._ring, None
+        ring, self.ring = self.ring, None
         if ring:
             self._lib.hf_flash_ring_close(ring)
         self._live = {}
@@ -182,12 +180,12 @@ class _UringTicket(Ticket):
 
     def ready(self) -> bool:
         reader = self._reader
-        return self._landed or bool(reader._lib.hf_flash_batch_ready(reader._ring, self.batch))
+        return self._landed or bool(reader._lib.hf_flash_batch_ready(reader.ring, self.batch))
 
     def settle(self) -> None:
         reader, result = self._reader, 2
         while not self._landed:
-            result = reader._lib.hf_flash_batch_wait(reader._ring, self.batch)
+            result = reader._lib.hf_flash_batch_wait(reader.ring, self.batch)
             if result != 2:  # 2: a signal; its handler runs between the calls, and may raise
                 self.error = reader.error_of(self.batch) if result else None
                 self._landed = True
@@ -203,6 +201,6 @@ class _UringTicket(Ticket):
         """The model is gone, or this has landed; the kernel may still know a batch of a model that is gone."""
         if self.batch is not None:
             with contextlib.suppress(Exception):
-                if self._reader._ring:
+                if self._reader.ring:
                     self.settle()
             self._reader._lib.hf_flash_batch_free(self.batch)
