@@ -205,6 +205,19 @@ def test_opening_twice_gives_one_handle(real_reader: Reader, file: Path, monkeyp
     assert real_reader.open(file) == real_reader.open(Path(file.name))
 
 
+def test_more_files_than_a_ring_registers(tmp_path: Path) -> None:
+    reader, paths = uring(), [tmp_path / f"file{i}" for i in range(70)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 8192)
+    handles = [reader.open(path) for path in paths]
+    for turn in (handles, handles[::-1]):
+        into = [view_bytes(aligned_empty(4096)) for _ in turn]
+        reader.read([Read(handle, 4096, [buffer]) for handle, buffer in zip(turn, into, strict=True)])
+        assert [buffer[0] for buffer in into] == [handles.index(handle) for handle in turn]
+        assert all(len(set(buffer)) == 1 for buffer in into)
+    reader.close()
+
+
 def test_a_missing_file_is_named(real_reader: Reader, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing-here"):
         real_reader.open(tmp_path / "nothing-here")
