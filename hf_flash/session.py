@@ -214,7 +214,10 @@ def load_tokenizer(
         CheckpointError: there is none that could be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of OPT without the files
+            raise ValueError("the files of its vocabulary are missing")
+        return tokenizer
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name} has no tokenizer that could be read ({why}). {instead}") from error

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers_hub import clean_env, run_python, save_stock, tiny_llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 from typer.testing import CliRunner, Result
 
 import hf_flash
@@ -346,6 +346,15 @@ def test_demo_that_differs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_the_files_of_its_tokenizer(flash: Path, tmp_path: Path) -> None:
+    """Bug: transformers makes an empty tokenizer of an OPT's config, and the prompt was said to be empty."""
+    OPTConfig().save_pretrained(tmp_path)
+    result = hf("run", str(flash), "-p", "w5", "--tokenizer", str(tmp_path))
+    assert result.exit_code == 1
+    assert "has no tokenizer that could be read (the files of its vocabulary are missing)" in result.stderr
+    assert "--tokenizer FOLDER_OR_REPO" in result.stderr
 
 
 @pytest.mark.parametrize(
