@@ -107,9 +107,9 @@ class FlashFFN(nn.Module):
         """
         if not self._homes:
             return ops.NO_BIASES
-        stored = [home["bias"] for home in self._homes]
         if torch.is_grad_enabled():
             return self._made_biases()
+        stored = [home["bias"] for home in self._homes]
         key = [None if bias is None else (bias.data_ptr(), bias._version) for bias in stored]
         if self._biases[0] != key:
             self._biases = key, stored, self._made_biases()  # `stored` stays: no other can take its place in memory

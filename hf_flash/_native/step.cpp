@@ -67,10 +67,10 @@ enum State { N_SLOTS, N_USED, CLOCK, LARGEST };  // cache.py has the same
 
 // Waits for a batch and forgets it, unless a read failed: the batch says which. A signal's handler can wait: whatever it
 // does, nobody may leave before the memory that is read into is full.
-int land(void *ring, void **batch) {
+int land(Step *s, void **batch) {
   if (!*batch) return DONE;
   int result = SIGNAL;
-  while (result == SIGNAL) result = hf_flash_batch_wait(ring, *batch);
+  while (result == SIGNAL) result = hf_flash_batch_wait(s->ring, *batch);
   if (result) return result;
   hf_flash_batch_free(*batch);
   *batch = nullptr;
@@ -84,7 +84,7 @@ constexpr double NEAREST = 0.25;  // share of those not in DRAM that a guess loo
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s) {
-  const int result = land(s->ring, &s->early);
+  const int result = land(s, &s->early);
   for (int64_t i = 0; i < s->n_early && !result; i++)
     if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->state[CLOCK] - s->window - 1;
   return result;
@@ -237,7 +237,7 @@ void keep_books(Step *s, const std::vector<int64_t> &coming) {
 
 // The step is not to be: no time has passed, nobody is in use, and nothing is under way. What was read stays.
 int undo(Step *s, int64_t T) {
-  const int early = land_early(s), result = land(s->ring, &s->batch);
+  const int early = land_early(s), result = land(s, &s->batch);
   if (early || result) return FAILED;
   s->state[CLOCK] -= T;
   for (int64_t i = 0; i < s->n_wanted; i++) s->last[s->ids[i]] = std::min(s->last[s->ids[i]], s->state[CLOCK]);
@@ -352,7 +352,7 @@ int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype,
   if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, out.data());
   const double waiting = now();
   s->here_s = waiting - begun;
-  const int early = land_early(s), result = land(s->ring, &s->batch);
+  const int early = land_early(s), result = land(s, &s->batch);
   const double computing = now();
   s->wait_s = computing - waiting;
   if (early || result) return FAILED;
@@ -392,7 +392,7 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   s->gate_s = now() - begun - meanwhile.spent, s->early_s = s->here_s = s->wait_s = s->ffn_s = 0;
   const int result = s->n_wanted > s->state[N_SLOTS] ? NO_ROOM : fetch(s, meanwhile.missing);
   if (result == NO_ROOM) return undo(s, T);
-  if (result) return land(s->ring, &s->batch), result;
+  if (result) return land(s, &s->batch), result;
   std::vector<int64_t> &coming = meanwhile.coming;
   coming.insert(coming.end(), meanwhile.missing.begin(), meanwhile.missing.end());
   std::sort(coming.begin(), coming.end());

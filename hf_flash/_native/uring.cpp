@@ -291,7 +291,12 @@ void *map(int fd, size_t size, off_t what) {
   return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, what);
 }
 
-void close_ring(Ring *r) {
+}  // namespace
+
+extern "C" {
+
+void hf_flash_ring_close(void *handle) {
+  Ring *r = static_cast<Ring *>(handle);
   if (r->watcher) r->watcher->forget();  // whoever watches starts no reads from here on
   {
     std::lock_guard<std::mutex> hold(r->mutex);  // what is in flight writes into memory that is not ours to free
@@ -308,7 +313,8 @@ void close_ring(Ring *r) {
   delete r;
 }
 
-Ring *open_ring(unsigned depth) {
+// A ring for `depth` reads in flight; null and errno where the kernel or a sandbox refuses.
+void *hf_flash_ring_open(unsigned depth) {
   Ring *r = new Ring;
   io_uring_params p;
   std::memset(&p, 0, sizeof p);
@@ -327,7 +333,7 @@ Ring *open_ring(unsigned depth) {
   r->cq_map = p.features & IORING_FEAT_SINGLE_MMAP ? r->sq_map : map(r->fd, r->cq_size, IORING_OFF_CQ_RING);
   r->sqe_map = map(r->fd, r->sqe_size, IORING_OFF_SQES);
   if (r->sq_map == MAP_FAILED || r->cq_map == MAP_FAILED || r->sqe_map == MAP_FAILED) {
-    close_ring(r);
+    hf_flash_ring_close(r);
     return nullptr;
   }
   char *sq = static_cast<char *>(r->sq_map), *cq = static_cast<char *>(r->cq_map);
@@ -344,15 +350,6 @@ Ring *open_ring(unsigned depth) {
   if (!syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_FILES, none.data(), MAX_FILES)) r->most_files = MAX_FILES;
   return r;
 }
-
-}  // namespace
-
-extern "C" {
-
-void hf_flash_ring_close(void *handle) { close_ring(static_cast<Ring *>(handle)); }
-
-// A ring for `depth` reads in flight; null and errno where the kernel or a sandbox refuses.
-void *hf_flash_ring_open(unsigned depth) { return open_ring(depth); }
 
 // Start n reads: read i fills buffers first[i] .. first[i + 1] from offsets[i] of fds[i].
 void *hf_flash_ring_submit(void *handle, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,
