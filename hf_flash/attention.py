@@ -10,7 +10,6 @@ It takes the place of transformers' "sdpa" for the modules that `install` was gi
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
@@ -44,10 +43,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     lib: Any = native.library()
     (batch, n_heads, _, size), (_, n_shared, n_tokens, _) = q.shape, k.shape
     out = torch.empty(batch, 1, n_heads, size, dtype=q.dtype, device="cpu")
-    strides = (ctypes.c_int64 * 8)(*q.stride()[:2], *k.stride()[:3], *v.stride()[:3])
     lib.hf_flash_attend(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, batch, n_heads, n_heads // n_shared, n_tokens, size, scale,
-        out.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], batch, n_heads,
+        n_heads // n_shared, n_tokens, size, scale, out.data_ptr(),
     )  # fmt: skip
     return out
 

@@ -6,8 +6,10 @@ runs on torch operations. `HF_FLASH_NATIVE=0` turns the kernels off. Which way w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import time
@@ -26,7 +28,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 8
+ABI = 9
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -44,8 +46,19 @@ def _load() -> ctypes.CDLL | None:
             logger.warning_once(f"hf_flash: {path.name} does not load ({error}); torch operations are used instead.")
             continue
         if lib.hf_flash_abi() == ABI:
-            return lib
+            return _hasten(lib, path)
     return None
+
+
+def _hasten(lib: ctypes.CDLL, path: Path) -> ctypes.CDLL:
+    """Put what is called for every layer and token past ctypes, if Python's headers were there at the build."""
+    spec = importlib.util.spec_from_file_location("hf_flash._native.kernels", path)
+    with contextlib.suppress(ImportError):
+        assert spec is not None
+        for name, function in vars(importlib.util.module_from_spec(spec)).items():
+            if name.startswith("hf_flash_"):
+                setattr(lib, name, function)
+    return lib
 
 
 def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
@@ -53,13 +66,15 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_attention.restype = _N
     lib.hf_flash_attention.argtypes = []
     lib.hf_flash_attend.restype = None
-    lib.hf_flash_attend.argtypes = [_P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _P]
+    lib.hf_flash_attend.argtypes = [_P, _P, _P, *[_I] * 13, _F, _P]
     lib.hf_flash_sparse_ffn.restype = _I
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I
     lib.hf_flash_gate.argtypes = [
         _P, _I, _I, _I, *[_P] * 9, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_step.restype = _N
+    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N]
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
     lib.hf_flash_step_land.restype = _N

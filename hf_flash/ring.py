@@ -100,7 +100,7 @@ class NativeRing:
         self._log: trace.NativeLog | None = None
         self._first = -1  # while there is a log: the unit that came first in it
         self._names = names
-        self._sum = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P)(("hf_flash_stream_sum", lib))  # keeps no errno: quicker
+        self._sum = lib.hf_flash_stream_sum
         stats.count_in(self._s.counters)
         self._helped, self.was_kept = helped, False  # was_kept: of the chunk that was handed out last
         self.choose(set())

@@ -72,7 +72,7 @@ class NativeStep:
         assert lib.hf_flash_step_bytes() == ctypes.sizeof(_Step)
         self._lib, self._reader, self._layer, self._cache, self._stats = lib, store.reader, layer, cache, stats
         self._s = s = _Step()
-        self._by_reference = ctypes.byref(s)
+        self._address = ctypes.addressof(s)
         layout, sketch = layer.layout, gate.sketch
         n = layer.n_neurons
         self._ids, self._offset = np.empty((5, n), np.int64), sketch.offset()
@@ -101,7 +101,7 @@ class NativeStep:
         s.marks, s.near, s.list = (a.ctypes.data for a in (self._marks, self._near, self._list))
         s.state = cache.state.ctypes.data
         stats.count_in(s.counters)
-        self._step = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P, _I, ctypes.c_int, _P, ctypes.c_int)(("hf_flash_step", lib))
+        self._step = lib.hf_flash_step
         self._d, self._is_square = layout.d_model, layout.d_model == layout.d_out
         self._act: Activation | None = None  # with the dtype, what `_known` was found for
         self._dtype, self._code, self._known = torch.float32, 0, False
@@ -154,7 +154,7 @@ class NativeStep:
             x = x.contiguous()
         y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
         begun = 0.0 if trace.active is None else time.perf_counter()
-        result = self._step(self._by_reference, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks)
+        result = self._step(self._address, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks)
         if result == 3:  # what it read will be found in DRAM, by whoever does it the other way now
             self._stats.add(neurons_hit=-s.n_read, neurons_read=s.n_read)
             return None
@@ -176,7 +176,7 @@ class NativeStep:
         Raises:
             ReadError: a read failed.
         """
-        if self._lib.hf_flash_step_land(self._by_reference):
+        if self._lib.hf_flash_step_land(self._address):
             raise self._failure()
 
     def settle(self) -> None:

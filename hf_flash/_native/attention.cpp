@@ -4,6 +4,7 @@
 // torch goes through the keys in blocks of 512: scores, an exponential of 20 units of error, weights rounded to bfloat16,
 // the weighted sum of values. Its library sums one query's products in an order that is plain in its results: a score as
 // four chains, a value's sum in fours. A product of two bfloat16 is exact in float32, so only the order of sums matters.
+#include "calls.h"
 #include "common.h"
 #include <algorithm>
 
@@ -187,16 +188,16 @@ int hf_flash_attention() {
 
 // out [B, H, D] = attention of q [B, H, D] over k and v [B, H / group, n, D]; strides in elements: of a sequence and a
 // head of q, then of a sequence, a head and a key of k and v. D is a multiple of 16.
-void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const int64_t *strides, int64_t B, int64_t H,
-                     int64_t group, int64_t n, int64_t D, float scale, uint16_t *out) {
+void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t q_batch, int64_t q_head,
+                     int64_t k_batch, int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
+                     int64_t B, int64_t H, int64_t group, int64_t n, int64_t D, float scale, uint16_t *out) {
 #ifdef ATTENTION
-  const int64_t *ks = strides + 2, *vs = strides + 5;
   const int threads = B * H < max_threads() ? static_cast<int>(B * H) : max_threads();
   in_parallel(threads, [&](int me) {
     for (int64_t i = B * H * me / threads; i < B * H * (me + 1) / threads; i++) {
       const int64_t b = i / H, head = i % H, shared = head / group;
-      const Heads h{k + b * ks[0] + shared * ks[1], v + b * vs[0] + shared * vs[1], ks[2], vs[2], D};
-      attend(q + b * strides[0] + head * strides[1], h, n, scale, out + i * D);
+      const Heads h{k + b * k_batch + shared * k_head, v + b * v_batch + shared * v_head, k_token, v_token, D};
+      attend(q + b * q_batch + head * q_head, h, n, scale, out + i * D);
     }
   });
 #endif

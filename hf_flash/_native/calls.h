@@ -1,4 +1,5 @@
-// What the files of this folder call of each other besides the gate; the definitions include it too, and so are compared.
+// What the files of this folder call of each other besides the gate, and what Python calls as a module; the definitions
+// include it too, and so are compared.
 #pragma once
 #include <chrono>
 #include <cstdint>
@@ -15,7 +16,26 @@ static inline double now() {  // seconds
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+struct Step;
+struct Stream;
+struct Sum;
+
 extern "C" {
+void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t q_batch, int64_t q_head,
+                     int64_t k_batch, int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
+                     int64_t B, int64_t H, int64_t group, int64_t n, int64_t D, float scale, uint16_t *out);
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks);
+int hf_flash_stream_sum(Stream *s, Sum *f);
+void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
+                           const int32_t *start, const uint8_t *escapes, const void *x, const void *bias, int64_t T,
+                           int dtype, void *out);
+void hf_flash_packed_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
+                            const uint32_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out);
+void hf_flash_ordered_tight(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
+                            const int32_t *start, const uint8_t *escapes, const uint16_t *x, const uint16_t *bias,
+                            uint16_t *out);
+void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
+                             const uint32_t *escapes, const uint16_t *x, const uint16_t *bias, uint16_t *out);
 void *hf_flash_ring_submit(void *ring, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,
                            const int64_t *first, const uint64_t *addresses, const int64_t *lengths);
 void *hf_flash_ring_submit_rows(void *ring, void *batch, int fd, int64_t start, int64_t row_bytes, const int64_t *rows,
