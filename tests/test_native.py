@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import BuiltinFunctionType
 
 import pytest
 import torch
 from transformers.activations import ReLUSquaredActivation
 
-from hf_flash import FATReLU, native, ops
+from hf_flash import FATReLU, native, ops, packing
 from hf_flash.gates import CertifiedGate, Sketch
 from hf_flash.layout import BundleLayout
 
@@ -110,6 +112,36 @@ def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased) -> None:
         assert torch.equal((ago == 0)[sure], wanted[-1][sure])
         fires = torch.nn.functional.linear(x, weight, bias) > 0
         assert not (fires.any(0) & ~any_token).any()
+
+
+def test_calls_past_ctypes_are_those_that_ctypes_makes() -> None:
+    """Each function of the module takes as many arguments, and gives the same; what is no number is refused."""
+    lib = native.library()
+    assert lib is not None
+    fast = {name: f for name, f in vars(lib).items() if isinstance(f, BuiltinFunctionType)}
+    if not fast:
+        pytest.skip("built without Python's headers")
+    plain = native._bind(ctypes.CDLL(lib._name))
+    torch.manual_seed(0)
+    for name, function in fast.items():
+        n = len(getattr(plain, name).argtypes)
+        with pytest.raises(TypeError, match=f"0 arguments instead of {n}"):
+            function()
+        with pytest.raises(TypeError):
+            function(*["no number"] * n)
+    rows, how = packing.pack(torch.randn(24, 128).bfloat16(), 120)
+    x, bias = torch.randn(2, 128), torch.randn(24)
+    found = []
+    for made_by in (fast["hf_flash_packed_linear"], plain.hf_flash_packed_linear):
+        for added in (None, bias.data_ptr()):
+            y = torch.zeros(2, 24)
+            result = made_by(
+                rows.data_ptr(), rows.stride(0), 24, 128, how.base, how.start.data_ptr(), how.escapes.data_ptr(),
+                x.data_ptr(), added, 2, 0, y.data_ptr(),
+            )  # fmt: skip
+            assert result is None
+            found.append(y)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and not torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 1e-30])
