@@ -74,14 +74,16 @@ class FlashFFN(nn.Module):
                 self._bias_path[name] = name.removeprefix(block.path + ".")
                 _add_module(self, self._bias_path[name].rpartition(".")[0], Bias(bias, dtype))
         # A module goes where it was, so that parameters of its own (xIELU) keep their names; a list hides the others.
-        self._act_path = block.activation.removeprefix(block.path + ".")
-        own = isinstance(activation, nn.Module) and not block.inline and self._act_path != block.activation
-        self._act_names = self._act_path.split(".")
+        act_path = block.activation.removeprefix(block.path + ".")
+        own = isinstance(activation, nn.Module) and not block.inline and act_path != block.activation
         biased = [part for part in (block.gate, block.up, block.down) if part is not None and part.bias is not None]
         self._homes = [self._home(part)._parameters for part in biased]  # where they are, whatever they are by then
-        self._hidden_act = [] if own else [activation]
+        self._act_home: dict[str, Any] = {"": activation}  # likewise; a dict also hides what is no module of this one
+        self._act_name = ""
         if isinstance(activation, nn.Module) and own:
-            _add_module(self, self._act_path, activation)
+            _add_module(self, act_path, activation)
+            above, _, self._act_name = act_path.rpartition(".")
+            self._act_home = self.get_submodule(above)._modules
 
     def _take_inline(self, biases: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
         """This module stands where `fc1` stood and owns its bias; `down_stub` will stand where `fc2` did."""
@@ -93,12 +95,8 @@ class FlashFFN(nn.Module):
     @property
     def own_activation(self) -> ops.Activation:
         """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
-        if self._hidden_act:
-            return self._hidden_act[0]
-        act: Any = self
-        for name in self._act_names:
-            act = act._modules[name]
-        return act  # type: ignore[no-any-return]
+        act: ops.Activation = self._act_home[self._act_name]
+        return act
 
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash.
@@ -171,8 +169,7 @@ class FlashFFN(nn.Module):
         else:
             if self.compute_dtype is not None:
                 x = x.to(self.compute_dtype)
-            act = self._hidden_act[0] if self._hidden_act else self.own_activation
-            y = engine.forward(x, act, self.biases())
+            y = engine.forward(x, self._act_home[self._act_name], self.biases())
         if residual and self.block.takes_residual:
             y = y + residual[0]
         if begun and trace.active is not None:

@@ -139,9 +139,9 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
         watch.restype = None
         watch.argtypes = [_P]
     lib.hf_flash_sum_add.restype = None
-    lib.hf_flash_sum_add.argtypes = [_P, _P, _I, _I]
+    lib.hf_flash_sum_add.argtypes = [_P, _P, _P, _P, _I, _I]
     lib.hf_flash_stream_sum.restype = _N
-    lib.hf_flash_stream_sum.argtypes = [_P, _P]
+    lib.hf_flash_stream_sum.argtypes = [_P, _P, _P, _P]
     return lib
 
 

@@ -54,7 +54,8 @@ class PackedSum:
         assert sizes[4] == ctypes.sizeof(_Sum)
         self._lib, self.exact, self._get, layout = lib, exact, scratch, layer.layout
         self._shapes = (layer.n_neurons, layout.d_model), (layout.d_out, layer.n_neurons)
-        self._d_out, self._packing, self._numbers = layout.d_out, layer.packing, torch.arange(0 if exact else n_rows)
+        self._is_square = layout.d_out == layout.d_model
+        self._packing, self._numbers = layer.packing, torch.arange(0 if exact else n_rows)
         self._s = _Sum(
             unit=unit, d=layout.d_model, d_out=layout.d_out, n=layer.n_neurons, stride=layout.row_bytes,
             gated=layout.gated, base=layer.packing.base, start=layer.packing.start.data_ptr(),
@@ -81,7 +82,7 @@ class PackedSum:
             What native code reads and writes; to be held until the last neurons are added. None where this is nothing
             for the kernels.
         """
-        s, dtype = self._s, x.dtype
+        dtype = x.dtype
         if act is not self._act or dtype is not self._dtype or torch.get_num_threads() != self._n_threads:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
@@ -89,23 +90,25 @@ class PackedSum:
         if biases is not self._pointed:
             self._point(biases)
         if self.exact:
-            x = x.contiguous()
-            out = torch.empty(*x.shape[:-1], self._d_out, dtype=dtype, device="cpu")
-        else:
-            s.n_tokens, self._down = x.numel() // x.shape[-1], biases.down
-            x = x.float().contiguous()
-            out = torch.zeros(*x.shape[:-1], self._d_out, dtype=torch.float32, device="cpu")
-        s.x, s.out, s.row = x.data_ptr(), out.data_ptr(), 0
-        return x, out
+            if not x.is_contiguous():
+                x = x.contiguous()
+            return x, torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], self._s.d_out)
+        self._s.n_tokens, self._down = x.numel() // x.shape[-1], biases.down
+        x = x.float().contiguous()
+        return x, x.new_zeros(*x.shape[:-1], self._s.d_out)
 
-    def add(self, neurons: slice, rows: torch.Tensor) -> None:
+    def add(self, begun: Begun, neurons: slice, rows: torch.Tensor) -> None:
         """Add some neurons.
 
         Args:
+            begun: from `begin`.
             neurons: their numbers; the first is a multiple of ordered.MULTIPLE where the sum is exact.
             rows: [n, row_bytes] uint8.
         """
-        self._lib.hf_flash_sum_add(self.address, rows.data_ptr(), neurons.start, len(rows))
+        x, out = begun
+        self._lib.hf_flash_sum_add(
+            self.address, x.data_ptr(), out.data_ptr(), rows.data_ptr(), neurons.start, len(rows)
+        )  # fmt: skip
 
     def end(self, begun: Begun) -> torch.Tensor:
         """The FFN's output once all neurons were added, [..., d_out], dtype of x."""

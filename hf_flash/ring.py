@@ -15,7 +15,7 @@ import torch
 from hf_flash import native, trace
 from hf_flash.layout import DATA_ALIGN
 from hf_flash.memory import Row, shares
-from hf_flash.packed_sum import PackedSum
+from hf_flash.packed_sum import Begun, PackedSum
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
 
@@ -135,8 +135,8 @@ class NativeRing:
                 self._lib.hf_flash_stream_give(self._address, number)
             at += n
 
-    def sum(self, total: PackedSum) -> None:
-        """Add a whole unit to a sum: what is pinned, then what is streamed, in one call.
+    def sum(self, total: PackedSum, begun: Begun) -> None:
+        """Add a whole unit to a sum that has begun: what is pinned, then what is streamed, in one call.
 
         Raises:
             ReadError: a read failed; the sum is worthless, the ring is usable again.
@@ -144,9 +144,10 @@ class NativeRing:
         if trace.active is not self._recorder or total.unit == self._first:
             self._listen(total.unit)
         self._reader.check_open()
-        result = self._sum(self._address, total.address)
+        x, out = begun
+        result = self._sum(self._address, total.address, x.data_ptr(), out.data_ptr())
         while result == SIGNAL:  # its handler runs between the calls, and may raise
-            result = self._sum(self._address, total.address)
+            result = self._sum(self._address, total.address, None, None)
         if result:
             raise self._failure(result)
 

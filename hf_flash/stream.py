@@ -251,7 +251,7 @@ class Stream:
             ring = self._ring or self._native()
             if ring is None or (begun := total.begin(x, act, biases)) is None:
                 return None
-            ring.sum(total)
+            ring.sum(total, begun)
             return begun[1] if total.exact else total.end(begun)
 
     def _comes(self, unit: int) -> None:

@@ -112,7 +112,7 @@ class SweepEngine(Engine):
         with self._pinning(whole=True) as chunks:
             for neurons, rows in chunks:
                 t1 = time.perf_counter()
-                total.add(neurons, rows)
+                total.add(begun, neurons, rows)
                 if trace.active is not None:
                     trace.active.add(trace.ARITHMETIC, t1, time.perf_counter(), self.layer.path, native=True)
         self._stats.add(compute_s=time.perf_counter() - t0 - (self._stats.wait_s - waited))

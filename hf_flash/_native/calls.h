@@ -25,7 +25,7 @@ void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, in
                      int64_t k_batch, int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
                      int64_t B, int64_t H, int64_t group, int64_t n, int64_t D, float scale, uint16_t *out);
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks);
-int hf_flash_stream_sum(Stream *s, Sum *f);
+int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
                            const int32_t *start, const uint8_t *escapes, const void *x, const void *bias, int64_t T,
                            int dtype, void *out);

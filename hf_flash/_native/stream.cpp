@@ -325,12 +325,16 @@ void hf_flash_stream_unwatch(Stream *s) {
   delete helper;
 }
 
-// Add neurons `number` .. `number + n`, which lie at `rows`. Those of 0 come first, those that end at `n` last.
-void hf_flash_sum_add(const Sum *f, const uint8_t *rows, int64_t number, int64_t n) { add(f, rows, number, n); }
+// Add neurons `number` .. `number + n`, which lie at `rows`, of x to `out`. Those of 0 come first, those that end at `n` last.
+void hf_flash_sum_add(Sum *f, const void *x, void *out, const uint8_t *rows, int64_t number, int64_t n) {
+  f->x = x, f->out = out;
+  add(f, rows, number, n);
+}
 
-// Add a whole unit: what is pinned, then what is streamed. f->row is 0 at first; after 2 the next call goes on where this one
-// was. Returns as hf_flash_stream_take does.
-int hf_flash_stream_sum(Stream *s, Sum *f) {
+// Add a whole unit: what is pinned, then what is streamed. After 2 the next call goes on where this one was, x and out null.
+// Returns as hf_flash_stream_take does.
+int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out) {
+  if (x) f->x = x, f->out = out, f->row = 0;
   Counters &c = s->counters;
   const double begun = now(), waited = c.wait_s;
   int result = DONE;
