@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_flash import ops
+from hf_flash import ops, trace
 from hf_flash.memory import aligned_empty
 from hf_flash.store import FlashLayer
 
@@ -48,6 +48,10 @@ class Engine(ABC):
     @abstractmethod
     def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""
+
+    def note_spans(self, recorder: trace.Recorder) -> None:
+        """Tell who records what the last `forward` kept back, since to tell it takes time."""
+        del recorder  # most tell at once
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         return self

@@ -64,7 +64,6 @@ class FlashFFN(nn.Module):
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.order: torch.Tensor | None = None  # [d_ffn] neuron of each row on flash; biases are the stock model's
         self._ordered: dict[bool, tuple[object, torch.Tensor]] = {}  # up's bias or the gate's, and what it was made of
-        self._biases: tuple[object, object, ops.Biases] = (None, None, ops.NO_BIASES)  # as of last, and what of
         self.compute_dtype: torch.dtype | None = None  # where the stock block computes wider than its input
         self._bias_path: dict[str, str] = {}  # full name of a bias -> its path below this module
         if block.inline:
@@ -78,6 +77,8 @@ class FlashFFN(nn.Module):
         own = isinstance(activation, nn.Module) and not block.inline and act_path != block.activation
         biased = [part for part in (block.gate, block.up, block.down) if part is not None and part.bias is not None]
         self._homes = [self._home(part)._parameters for part in biased]  # where they are, whatever they are by then
+        # What was there last, with address and version, and what was made of it.
+        self._biases: tuple[list[tuple[Any, int, int]], ops.Biases] = ([(self, 0, 0)] * len(biased), ops.NO_BIASES)
         self._act_home: dict[str, Any] = {"": activation}  # likewise; a dict also hides what is no module of this one
         self._act_name = ""
         if isinstance(activation, nn.Module) and own:
@@ -107,11 +108,17 @@ class FlashFFN(nn.Module):
             return ops.NO_BIASES
         if torch.is_grad_enabled():
             return self._made_biases()
+        seen, made = self._biases
+        for home, (bias, address, version) in zip(self._homes, seen, strict=True):
+            now = home["bias"]
+            if now is not bias or (now is not None and (now._version != version or now.data_ptr() != address)):
+                break
+        else:
+            return made
         stored = [home["bias"] for home in self._homes]
-        key = [None if bias is None else (bias.data_ptr(), bias._version) for bias in stored]
-        if self._biases[0] != key:
-            self._biases = key, stored, self._made_biases()  # `stored` stays: no other can take its place in memory
-        return self._biases[2]
+        keys = [(None, 0, 0) if bias is None else (bias, bias.data_ptr(), bias._version) for bias in stored]
+        self._biases = keys, self._made_biases()
+        return self._biases[1]
 
     def _made_biases(self) -> ops.Biases:
         block = self.block
@@ -174,6 +181,7 @@ class FlashFFN(nn.Module):
             y = y + residual[0]
         if begun and trace.active is not None:
             trace.active.add(trace.FFN, begun, time.perf_counter(), self.block.path)
+            engine.note_spans(trace.active)  # only now: it is not what is measured
         return y
 
     @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced

@@ -80,6 +80,10 @@ class SparseEngine(Engine):
             self._count_ahead(neurons)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def note_spans(self, recorder: trace.Recorder) -> None:
+        if self._step is not None:
+            self._step.note_spans(recorder)
+
     def activation(self, act: ops.Activation) -> ops.Activation:
         return self.gate.thresholded if isinstance(self.gate, ThresholdGate) else act
 

@@ -107,6 +107,7 @@ class NativeStep:
         self._dtype, self._code, self._known = torch.float32, 0, False
         self._biases: list[tuple[object, ...]] = [(None,)] * 3
         self._rounded: Biases | None = NO_BIASES  # what the kernels have
+        self._traced: tuple[float, float] | None = None  # when the last step began and ended, if nobody was told
         self._window: Window | None = None
         self._books: tuple[Any, ...] = ()
 
@@ -161,9 +162,15 @@ class NativeStep:
         if result == 1:
             raise self._failure()
         if begun and trace.active is not None:
-            times = begun, time.perf_counter(), s.gate_s, s.early_s, s.here_s, s.wait_s, s.ffn_s
-            trace.active.add_later(self._spans, *times, s.n_wanted, s.n_reads, s.n_bytes if s.n_read else 0)
+            self._traced = begun, time.perf_counter()
         return y
+
+    def note_spans(self, recorder: trace.Recorder) -> None:
+        """Tell who records where the time of the last step went, if that was traced and not told."""
+        traced, self._traced, s = self._traced, None, self._s
+        if traced is not None:
+            times = s.gate_s, s.early_s, s.here_s, s.wait_s, s.ffn_s
+            recorder.add_later(self._spans, *traced, *times, s.n_wanted, s.n_reads, s.n_bytes if s.n_read else 0)
 
     @property
     def wanted(self) -> IntArray:
