@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
 from hf_flash import native, ordered
 from hf_flash.memory import view_bytes
@@ -58,7 +59,7 @@ class OnFlashLinear(_OnFlash):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], as nn.Linear."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._untraced(x)
         if torch.is_autocast_enabled("cpu"):
             x = autocast_input(x)
@@ -112,6 +113,8 @@ class PackedLinear(OnFlashLinear):
             exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
         """
         self._exact = exact
+        n_tokens = 1 if exact else native.MAX_TOKENS if native.library() is not None else 0
+        self._most = n_tokens * self.in_features  # entries of an input that the kernels take
         self._n_threads = torch.get_num_threads()
         # Found out now, not when the first token waits.
         self._agrees = exact and ordered.agrees(self.out_features, self.in_features)
@@ -130,13 +133,13 @@ class PackedLinear(OnFlashLinear):
             yield start, stop, self.matrix.unpack(start, stop, out)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        bias, most = self._parameters["bias"], self.in_features if self._exact else native.MAX_TOKENS * self.in_features
-        if x.numel() > most:
+        if x.numel() > self._most:
             return super().compute(x)
+        bias = self._parameters["bias"]
         if self._exact:
-            if x.numel() == most and self._can_order(x, bias):
+            if x.numel() == self._most and self._can_order(x, bias):
                 return self.matrix.matvec(x if x.is_contiguous() else x.contiguous(), bias)
-        elif x.dtype in native.CODES and native.library() is not None:
+        elif x.dtype in native.CODES:
             return self.matrix.linear(x, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
         return super().compute(x)
 

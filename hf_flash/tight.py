@@ -68,6 +68,12 @@ class Tight:
         pointers = (self.base.data_ptr(), self.start.data_ptr(), self.escapes.data_ptr())
         return self.rows.data_ptr(), self.rows.stride(0), len(self.rows), self.n_elements, *pointers
 
+    @functools.cached_property
+    def kernel(self) -> Any:
+        """`hf_flash_tight_linear`, looked up once, or None where it is not there."""
+        lib: Any = native.library()
+        return lib.hf_flash_tight_linear if available() else None
+
 
 def available() -> bool:
     """Whether this machine has the kernels: without them such a matrix is slow to compute with."""
@@ -178,22 +184,18 @@ def linear(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> 
     Returns:
         [..., n], dtype of x.
     """
-    if not x.is_contiguous():
-        x = x.contiguous()
-    if not available():
+    if matrix.kernel is None:
         y = x.float() @ unpack(matrix).float().t()
         return (y if bias is None else y + bias.float()).to(x.dtype)
-    bias = None if bias is None else bias.contiguous()
-    assert bias is None or bias.dtype == x.dtype
-    out = output_like(x, matrix.n_rows, matrix.n_elements)
-    lib: Any = native.library()
-    lib.hf_flash_tight_linear(
-        *matrix.arguments, x.data_ptr(), native.pointer(bias), x.numel() // matrix.n_elements, native.CODES[x.dtype],
-        out.data_ptr(),
-    )  # fmt: skip
+    if not x.is_contiguous():
+        x = x.contiguous()
+    n, size = matrix.n_rows, matrix.n_elements
+    out = torch.empty_like(x) if n == size else x.new_empty(*x.shape[:-1], n)  # the quicker way where that will do
+    added = None
+    if bias is not None:
+        assert bias.dtype is x.dtype
+        bias = bias.contiguous()
+        added = bias.data_ptr()
+    n_tokens, code = x.numel() // size, native.CODES[x.dtype]
+    matrix.kernel(*matrix.arguments, x.data_ptr(), added, n_tokens, code, out.data_ptr())
     return out
-
-
-def output_like(x: torch.Tensor, n_out: int, n_in: int) -> torch.Tensor:
-    """Memory for what [..., n_in] becomes, [..., n_out]: the quicker way where they are the same."""
-    return torch.empty_like(x) if n_out == n_in else x.new_empty(*x.shape[:-1], n_out)
