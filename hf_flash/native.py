@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from hf_flash import trace
 from hf_flash.families import zero_below
+from hf_flash.ops import NO_BIASES, Biases
 from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
@@ -31,6 +32,7 @@ logger = logging.get_logger(__name__)
 ABI = 9
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
+BIAS_FIELDS = tuple(f"{name}_bias" for name in Biases._fields)  # of structs that native code reads
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
@@ -280,6 +282,35 @@ def gate(
     if decided is not None:
         marks[decided] = 0
     return ids[:n_ids], marks
+
+
+class BiasPointers:
+    """Where a struct's `gate_bias`, `up_bias` and `down_bias` point: to the biases of a layer, rounded to a dtype.
+
+    Args:
+        struct: which has these fields.
+        as_float: keep them in float32; else in the dtype that they are rounded to.
+
+    Attributes:
+        known: the biases that the struct has; None where that is to be found out.
+    """
+
+    def __init__(self, struct: ctypes.Structure, as_float: bool) -> None:
+        self._struct, self._as_float = struct, as_float
+        self.known: Biases | None = NO_BIASES
+        self._held: list[tuple[object, ...]] = [(None,)] * len(NO_BIASES)
+
+    def point(self, biases: Biases, dtype: torch.dtype) -> None:
+        """Have the struct point to these; they are made again where they changed."""
+        for i, (name, bias) in enumerate(zip(BIAS_FIELDS, biases, strict=True)):
+            key = None if bias is None else (bias.data_ptr(), bias._version, dtype)
+            if self._held[i][0] != key:
+                rounded = None if bias is None else bias.detach().to(dtype).contiguous()
+                ours = rounded if rounded is None or not self._as_float else rounded.float()
+                # The pointer first: if Ctrl-C comes between, the next call sees an old key and does it again.
+                setattr(self._struct, name, pointer(ours))
+                self._held[i] = key, ours, bias  # which stays, so that no other can take its place in memory
+        self.known = biases
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

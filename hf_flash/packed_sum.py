@@ -12,11 +12,10 @@ from collections.abc import Callable
 import torch
 
 from hf_flash import native, ordered
-from hf_flash.ops import NO_BIASES, Activation, Biases
+from hf_flash.ops import Activation, Biases
 from hf_flash.store import FlashLayer
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_BIASES = ("gate_bias", "up_bias", "down_bias")
 
 
 Begun = tuple[torch.Tensor, torch.Tensor]  # the input and the sum
@@ -28,7 +27,7 @@ class _Sum(ctypes.Structure):
     _fields_ = [
         *[(name, _I) for name in ("unit", "n_pinned", "row")], ("pinned", _P),
         *[(name, _I) for name in ("d", "d_out", "n", "stride", "gated", "base")],
-        *[(name, _P) for name in ("start", "escapes", "x", *_BIASES, "out", "table", "h", "sums")],
+        *[(name, _P) for name in ("start", "escapes", "x", *native.BIAS_FIELDS, "out", "table", "h", "sums")],
         *[(name, _I) for name in ("n_tokens", "dtype", "act")], ("threshold", _F), ("numbers", _P),
     ]  # fmt: skip
 
@@ -64,8 +63,7 @@ class PackedSum:
         self.address, self.unit = ctypes.addressof(self._s), unit
         self._act: Activation | None = None  # with dtype and threads, what `_can` was found for
         self._dtype, self._n_threads, self._can = torch.float32, 0, False
-        self._biases: list[tuple[object, ...]] = [(None,)] * 3
-        self._pointed: Biases | None = NO_BIASES  # what the kernels have
+        self._biases = native.BiasPointers(self._s, as_float=not exact)
         self._most = layout.d_model * (1 if exact else native.MAX_TOKENS)  # entries of an input
 
     def pin(self, rows: torch.Tensor) -> None:
@@ -87,8 +85,8 @@ class PackedSum:
             self._understand(act, dtype)
         if not self._can or x.numel() > self._most:
             return None
-        if biases is not self._pointed:
-            self._point(biases)
+        if biases is not self._biases.known:
+            self._biases.point(biases, dtype)
         if self.exact:
             if not x.is_contiguous():
                 x = x.contiguous()
@@ -119,7 +117,7 @@ class PackedSum:
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels can do it with this activation, dtype and number of threads; tell them."""
-        s, n_threads, self._act, self._pointed = self._s, torch.get_num_threads(), None, None
+        s, n_threads, self._act, self._biases.known = self._s, torch.get_num_threads(), None, None
         if self.exact:
             can = dtype == torch.bfloat16 and all(ordered.agrees(*shape) for shape in self._shapes)
             self._table = ordered.table_of(act) if can else None
@@ -131,14 +129,3 @@ class PackedSum:
             self._can = code is not None
             s.dtype, s.act, s.threshold = native.CODES.get(dtype, 0), *(code or (0, 0.0))
         self._dtype, self._n_threads, self._act = dtype, n_threads, act  # last: Ctrl-C may have come before
-
-    def _point(self, biases: Biases) -> None:
-        """Biases as the kernels want them, made again where they changed."""
-        for i, bias in enumerate(biases):
-            key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
-            if self._biases[i][0] != key:
-                rounded = None if bias is None else bias.detach().to(self._dtype).contiguous()
-                ours = rounded if rounded is None or self.exact else rounded.float()
-                setattr(self._s, _BIASES[i], native.pointer(ours))
-                self._biases[i] = key, ours, bias  # which stays, so that no other can take its place in memory
-        self._pointed = biases

@@ -18,7 +18,7 @@ from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.gates.certified import INPUTS, UNIT
 from hf_flash.memory import view_bytes
-from hf_flash.ops import NO_BIASES, Activation, Biases
+from hf_flash.ops import Activation, Biases
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
@@ -27,7 +27,6 @@ from hf_flash.trace import Span
 from hf_flash.window import LATELY, Window
 
 _P, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
-_BIASES = ("gate_bias", "up_bias", "down_bias")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -45,7 +44,7 @@ class _Step(ctypes.Structure):
         ("ring", _P), *[(name, _I) for name in ("fd", "start", "max_gap", "max_rows")], ("sink", _P),
         ("batch", _P), ("early", _P), ("next", _P), ("scale", _P), ("shift", _P),
         *[(name, _I) for name in ("gated", "packed", "dtype", "base", "act")], ("threshold", _F),
-        *[(name, _P) for name in ("escapes_start", "escapes", "gate_bias", "up_bias", "down_bias")],
+        *[(name, _P) for name in ("escapes_start", "escapes", *native.BIAS_FIELDS)],
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
         *[(name, _D) for name in ("gate_s", "early_s", "here_s", "wait_s", "ffn_s")],
@@ -105,8 +104,7 @@ class NativeStep:
         self._d, self._is_square = layout.d_model, layout.d_model == layout.d_out
         self._act: Activation | None = None  # with the dtype, what `_known` was found for
         self._dtype, self._code, self._known = torch.float32, 0, False
-        self._biases: list[tuple[object, ...]] = [(None,)] * 3
-        self._rounded: Biases | None = NO_BIASES  # what the kernels have
+        self._biases = native.BiasPointers(s, as_float=True)
         self._traced: tuple[float, float] | None = None  # when the last step began and ended, if nobody was told
         self._window: Window | None = None
         self._books: tuple[Any, ...] = ()
@@ -149,8 +147,8 @@ class NativeStep:
             self._reader.check_open()
         if self._window is not self._cache.window:
             self.point()
-        if biases is not self._rounded:
-            self._round(biases)
+        if biases is not self._biases.known:
+            self._biases.point(biases, dtype)
         if not x.is_contiguous():
             x = x.contiguous()
         y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
@@ -198,7 +196,7 @@ class NativeStep:
 
     def _understand(self, act: Activation, dtype: torch.dtype) -> None:
         """Find out whether the kernels know this activation in this dtype, and tell them."""
-        self._act, self._rounded, code = None, None, native.activation_code(act, dtype)
+        self._act, self._biases.known, code = None, None, native.activation_code(act, dtype)
         self._s.act, self._s.threshold = code or (0, 0.0)
         self._known, self._code = code is not None, native.CODES.get(dtype, 0)
         self._dtype, self._act = dtype, act  # last: Ctrl-C may have come before
@@ -212,18 +210,6 @@ class NativeStep:
             s.rows = cache.rows.data_ptr()
             self._books = books, cache.rows
             self._window = cache.window
-
-    def _round(self, biases: Biases) -> None:
-        """Biases as the kernels want them, rounded to the input's dtype, in float32; made again where they changed."""
-        held = self._biases
-        for i, bias in enumerate(biases):
-            key = None if bias is None else (bias.data_ptr(), bias._version, self._dtype)
-            if held[i][0] != key:
-                rounded = None if bias is None else bias.detach().to(self._dtype).float().contiguous()
-                # The pointer first: if Ctrl-C comes between, the next call sees an old key and does it again.
-                setattr(self._s, _BIASES[i], native.pointer(rounded))
-                held[i] = key, rounded, bias  # which stays, so that no other can take its place in memory
-        self._rounded = biases
 
     def _failure(self) -> BaseException:
         error = self._reader.error_of(self._s.early or self._s.batch)
