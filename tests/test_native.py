@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,19 @@ def test_calls_past_ctypes_are_those_that_ctypes_makes() -> None:
             assert result is None
             found.append(y)
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3]) and not torch.equal(found[0], found[1])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_without_pythons_headers_ctypes_makes_all_calls(tmp_path) -> None:
+    path = tmp_path / "kernels.so"
+    source = Path(native.__file__).parent / "_native" / "python.cpp"
+    plain = {name: value for name, value in os.environ.items() if "INCLUDE" not in name and name != "CPATH"}
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", source, "-o", path], check=True, env=plain)
+    lib = ctypes.CDLL(str(path))
+    if hasattr(lib, "PyInit_kernels"):
+        pytest.skip("this compiler finds Python's headers by itself")
+    before = set(vars(lib))
+    assert native._hasten(lib, path) is lib and set(vars(lib)) <= before | {"PyInit_kernels"}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 1e-30])
