@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import math
 import os
+import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matri
 _PASSED_OVER = 255  # gate.h
 BIAS_FIELDS = tuple(f"{name}_bias" for name in Biases._fields)  # of structs that native code reads
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))  # of what was built for this Python
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 
 
@@ -41,7 +43,7 @@ def _load() -> ctypes.CDLL | None:
     if os.environ.get("HF_FLASH_NATIVE", "1") == "0":
         return None
     folder = Path(__file__).parent / "_native"
-    for path in sorted(folder.glob("kernels*.so")):
+    for path in sorted(folder.glob("kernels*.so"), key=lambda path: (not path.name.endswith(_SUFFIX), path)):
         try:
             lib = _bind(ctypes.CDLL(str(path), use_errno=True))
         except (OSError, AttributeError) as error:
@@ -53,10 +55,11 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _hasten(lib: ctypes.CDLL, path: Path) -> ctypes.CDLL:
-    """Put what is called for every layer and token past ctypes, if Python's headers were there at the build."""
+    """Put what is called for every layer and token past ctypes, if this Python's headers were there at the build."""
     spec = importlib.util.spec_from_file_location("hf_flash._native.kernels", path)
+    if spec is None or not path.name.endswith(_SUFFIX):  # ctypes takes what was built for another Python, too
+        return lib
     with contextlib.suppress(ImportError):
-        assert spec is not None
         for name, function in vars(importlib.util.module_from_spec(spec)).items():
             if name.startswith("hf_flash_"):
                 setattr(lib, name, function)

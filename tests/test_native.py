@@ -147,7 +147,7 @@ def test_calls_past_ctypes_are_those_that_ctypes_makes() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_without_pythons_headers_ctypes_makes_all_calls(tmp_path) -> None:
-    path = tmp_path / "kernels.so"
+    path = tmp_path / f"kernels{native._SUFFIX}"
     source = Path(native.__file__).parent / "_native" / "python.cpp"
     plain = {name: value for name, value in os.environ.items() if "INCLUDE" not in name and name != "CPATH"}
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", source, "-o", path], check=True, env=plain)
@@ -156,6 +156,14 @@ def test_without_pythons_headers_ctypes_makes_all_calls(tmp_path) -> None:
         pytest.skip("this compiler finds Python's headers by itself")
     before = set(vars(lib))
     assert native._hasten(lib, path) is lib and set(vars(lib)) <= before | {"PyInit_kernels"}
+
+
+def test_what_was_built_for_another_python_is_called_through_ctypes_alone(tmp_path) -> None:
+    """Its functions would count references to None as that one does."""
+    lib = native.library()
+    assert lib is not None
+    other = shutil.copy(lib._name, tmp_path / "kernels.cpython-38-another.so")
+    assert native._hasten(ctypes.CDLL(other), Path(other)).__dict__.keys().isdisjoint({"hf_flash_step"})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 1e-30])
