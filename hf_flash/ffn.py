@@ -72,7 +72,7 @@ class FlashFFN(nn.Module):
             for name, bias in biases.items():
                 self._bias_path[name] = name.removeprefix(block.path + ".")
                 _add_module(self, self._bias_path[name].rpartition(".")[0], Bias(bias, dtype))
-        # A module goes where it was, so that parameters of its own (xIELU) keep their names; a list hides the others.
+        # A module goes where it was, so that parameters of its own (xIELU) keep their names.
         act_path = block.activation.removeprefix(block.path + ".")
         own = isinstance(activation, nn.Module) and not block.inline and act_path != block.activation
         biased = [part for part in (block.gate, block.up, block.down) if part is not None and part.bias is not None]
@@ -96,8 +96,7 @@ class FlashFFN(nn.Module):
     @property
     def own_activation(self) -> ops.Activation:
         """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
-        act: ops.Activation = self._act_home[self._act_name]
-        return act
+        return self._act_home[self._act_name]  # type: ignore[no-any-return]
 
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash.

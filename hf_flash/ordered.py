@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hf_flash import native
 from hf_flash.ops import Activation
 from hf_flash.packing import BLOCK, Packing, choose_base, count_exponents, pack
-from hf_flash.tight import Tight
+from hf_flash.tight import Tight, output_like
 
 MULTIPLE = 8  # neurons of a chunk, but for the last one
 _PROOF_BYTES = 16 << 20  # of weights that a comparison is made with; larger matrices are compared with fewer rows
@@ -74,7 +74,7 @@ def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Te
     """
     lib = native.library()
     assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() == packing.n_elements
-    out = x.new_empty(*x.shape[:-1], len(rows))
+    out = output_like(x, len(rows), packing.n_elements)
     lib.hf_flash_ordered_matvec(
         rows.data_ptr(), rows.stride(0), len(rows), packing.n_elements, packing.base, packing.start.data_ptr(),
         packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), out.data_ptr(),
@@ -86,7 +86,7 @@ def matvec_tight(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = Non
     """`matvec` of a matrix as tight.py keeps it."""
     lib = native.library()
     assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() == matrix.n_elements
-    out = x.new_empty(*x.shape[:-1], matrix.n_rows)
+    out = output_like(x, matrix.n_rows, matrix.n_elements)
     lib.hf_flash_ordered_tight(*matrix.arguments, x.data_ptr(), native.pointer(bias), out.data_ptr())
     return out
 

@@ -14,6 +14,7 @@ import torch
 from hf_flash import native, ordered
 from hf_flash.ops import Activation, Biases
 from hf_flash.store import FlashLayer
+from hf_flash.tight import output_like
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -53,7 +54,6 @@ class PackedSum:
         assert sizes[4] == ctypes.sizeof(_Sum)
         self._lib, self.exact, self._get, layout = lib, exact, scratch, layer.layout
         self._shapes = (layer.n_neurons, layout.d_model), (layout.d_out, layer.n_neurons)
-        self._is_square = layout.d_out == layout.d_model
         self._packing, self._numbers = layer.packing, torch.arange(0 if exact else n_rows)
         self._s = _Sum(
             unit=unit, d=layout.d_model, d_out=layout.d_out, n=layer.n_neurons, stride=layout.row_bytes,
@@ -90,7 +90,7 @@ class PackedSum:
         if self.exact:
             if not x.is_contiguous():
                 x = x.contiguous()
-            return x, torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], self._s.d_out)
+            return x, output_like(x, self._s.d_out, self._s.d)
         self._s.n_tokens, self._down = x.numel() // x.shape[-1], biases.down
         x = x.float().contiguous()
         return x, x.new_zeros(*x.shape[:-1], self._s.d_out)

@@ -189,13 +189,14 @@ def linear(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> 
         return (y if bias is None else y + bias.float()).to(x.dtype)
     if not x.is_contiguous():
         x = x.contiguous()
-    n, size = matrix.n_rows, matrix.n_elements
-    out = torch.empty_like(x) if n == size else x.new_empty(*x.shape[:-1], n)  # the quicker way where that will do
-    added = None
-    if bias is not None:
-        assert bias.dtype is x.dtype
-        bias = bias.contiguous()
-        added = bias.data_ptr()
-    n_tokens, code = x.numel() // size, native.CODES[x.dtype]
-    matrix.kernel(*matrix.arguments, x.data_ptr(), added, n_tokens, code, out.data_ptr())
+    bias = None if bias is None else bias.contiguous()
+    assert bias is None or bias.dtype == x.dtype
+    out = output_like(x, matrix.n_rows, matrix.n_elements)
+    n_tokens, code = x.numel() // matrix.n_elements, native.CODES[x.dtype]
+    matrix.kernel(*matrix.arguments, x.data_ptr(), native.pointer(bias), n_tokens, code, out.data_ptr())
     return out
+
+
+def output_like(x: torch.Tensor, n_out: int, n_in: int) -> torch.Tensor:
+    """Memory for what [..., n_in] becomes, [..., n_out]: the quicker way where they are the same."""
+    return torch.empty_like(x) if n_out == n_in else x.new_empty(*x.shape[:-1], n_out)
