@@ -116,6 +116,11 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.numpy().data.cast("B")
 
 
+def address(buffer: memoryview) -> int:
+    """Where a writable buffer begins; 0 for one without bytes."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else 0
+
+
 def trim_malloc() -> None:
     """Give freed heap memory back to the system (glibc keeps it otherwise; reading a tokenizer leaves tens of MiB)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

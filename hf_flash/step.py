@@ -17,7 +17,6 @@ from hf_flash import native, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.gates.certified import INPUTS, UNIT
-from hf_flash.memory import view_bytes
 from hf_flash.ops import Activation, Biases
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
@@ -91,7 +90,7 @@ class NativeStep:
         s.lately, s.n_lately = LATELY.ctypes.data, len(LATELY)
         s.ring, s.fd = self._reader.ring, self._reader.fd(layer.rows.file)
         s.start, s.max_gap, s.max_rows = layer.rows.start, cache.max_gap_rows, MAX_EXTENT_ROWS
-        s.sink = np.frombuffer(view_bytes(store.sink), np.uint8).ctypes.data
+        s.sink = store.sink.data_ptr()
         s.gated, s.packed, s.dtype = int(layout.gated), int(layout.packed), native.CODES[layout.dtype]
         if layer.packing is not None:
             s.base, s.escapes_start = layer.packing.base, layer.packing.start.data_ptr()

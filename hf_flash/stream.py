@@ -228,7 +228,8 @@ class Stream:
         """
         with self.lock:
             within, self._in_use = self._in_use, True
-            ring = self._native()
+            to_read = self._table[unit].first < self._units[unit].n_rows
+            ring = self._native() if to_read else self._ring
             if ring is not None and not within:
                 ring.reclaim()
             chunks = self._chunks(unit) if ring is None else ring.chunks(unit)

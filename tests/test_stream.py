@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_flash import FakeReader, random_bytes
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from hf_flash.errors import ReadError
 from hf_flash.layout import DATA_ALIGN
@@ -296,6 +296,7 @@ STEPS = st.tuples(
 
 @settings(max_examples=150, deadline=None)
 @given(UNITS, st.fixed_dictionaries(SIZES), st.lists(STEPS, min_size=1, max_size=20))
+@example([(1, 1, 0)] * 2, {"chunk_bytes": 1, "n_buffers": 1}, [(0, "use"), (0, "release"), (1, "pin"), (1, "use")])
 def test_the_native_ring_does_what_the_reference_does(
     file: Path, uring: UringReader, units: list[tuple[int, int, int]], sizes: dict[str, int],
     steps: list[tuple[int, str]],

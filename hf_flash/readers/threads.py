@@ -18,12 +18,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
 from hf_flash import trace
 from hf_flash.errors import CheckpointError, ReadError, ShortReadError
-from hf_flash.memory import round_up
+from hf_flash.memory import address, round_up
 from hf_flash.readers.base import Read, Reader, Ticket, early_end, failed_read
 
 logger = logging.get_logger(__name__)
@@ -199,12 +198,7 @@ class ThreadReader(Reader):
 
 def is_aligned(read: Read, block: int) -> bool:
     """Whether a direct read can serve this as it is."""
-    if read.offset % block:
-        return False
-    for buffer in read.buffers:
-        if len(buffer) % block or np.frombuffer(buffer, np.uint8).ctypes.data % block:
-            return False
-    return True
+    return not read.offset % block and not any(len(one) % block or address(one) % block for one in read.buffers)
 
 
 def _read_fully(file: _File, offset: int, buffers: list[memoryview], need: int, extra: int = 0) -> None:

@@ -12,14 +12,17 @@ import errno
 import os
 import time
 import weakref
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
 from hf_flash import native, trace
 from hf_flash.errors import ReadError, ShortReadError
+from hf_flash.memory import address
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers.base import Read, Ticket, early_end, failed_read
-from hf_flash.readers.threads import IOV_MAX, ThreadReader, is_aligned
+from hf_flash.readers.threads import IOV_MAX, ThreadReader
 
 DEPTH = 64  # reads in the kernel at a time
 
@@ -56,21 +59,21 @@ class UringReader(ThreadReader):
     def submit(self, reads: list[Read]) -> Ticket:
         with self._lock:
             self.check_open()
-        for read in reads:
-            block = self._files[read.file].block
-            if block == 1 or len(read.buffers) > IOV_MAX or not is_aligned(read, block):
-                return super().submit(reads)
         if not reads:
             return Ticket(0)
-        fds = np.array([self._files[read.file].fd for read in reads], np.int32)
-        offsets = np.array([read.offset for read in reads], np.int64)
+        files = [self._files[read.file] for read in reads]
         counts = [len(read.buffers) for read in reads]
-        first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        arrays = [np.frombuffer(buffer, np.uint8) for read in reads for buffer in read.buffers]
-        addresses = np.array([array.ctypes.data for array in arrays], np.uint64)
-        lengths = np.array([len(array) for array in arrays], np.int64)
+        buffers = [buffer for read in reads for buffer in read.buffers]
+        fds = np.array([file.fd for file in files], np.int32)
+        offsets = np.array([read.offset for read in reads], np.int64)
+        first = np.array([0, *accumulate(counts)], np.int64)
+        addresses = np.array([address(buffer) for buffer in buffers], np.uint64)
+        lengths = np.array([len(buffer) for buffer in buffers], np.int64)
         need = np.array([read.need or sum(map(len, read.buffers)) for read in reads], np.int64)
-        ticket = self._ticket(arrays)
+        blocks = {file.block for file in files}
+        if 1 in blocks or max(counts) > IOV_MAX or not _fit(max(blocks), offsets, addresses, lengths):
+            return super().submit(reads)
+        ticket = self._ticket(buffers)
         start = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit(
             self.ring, len(reads), fds.ctypes.data, offsets.ctypes.data, need.ctypes.data, first.ctypes.data,
@@ -86,18 +89,18 @@ class UringReader(ThreadReader):
         max_gap_rows: int, sink: memoryview,
     ) -> tuple[Ticket, int, int]:  # fmt: skip
         block = self._files[file].block
-        base, junk = np.frombuffer(targets, np.uint8), np.frombuffer(sink, np.uint8)
-        if block == 1 or start % block or row_bytes % block or base.ctypes.data % block:
+        base = address(targets)
+        if block == 1 or start % block or row_bytes % block or base % block:
             return super().submit_rows(file, start, row_bytes, rows, targets, slots, max_gap_rows, sink)
         with self._lock:
             self.check_open()
         rows, slots = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(slots, np.int64)
         n_bytes, n_reads = ctypes.c_int64(), ctypes.c_int64()
-        ticket = self._ticket([base, junk])
+        ticket = self._ticket([targets, sink])
         begun = time.perf_counter()
         ticket.batch = self._lib.hf_flash_ring_submit_rows(
-            self.ring, None, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base.ctypes.data,
-            slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, junk.ctypes.data, ctypes.byref(n_bytes),
+            self.ring, None, self._files[file].fd, start, row_bytes, rows.ctypes.data, len(rows), base,
+            slots.ctypes.data, max_gap_rows, MAX_EXTENT_ROWS, address(sink), ctypes.byref(n_bytes),
             ctypes.byref(n_reads),
         )  # fmt: skip
         if trace.active is not None:
@@ -118,7 +121,7 @@ class UringReader(ThreadReader):
         block = self._files[file].block
         return block > 1 and start % block == 0 and row_bytes % block == 0
 
-    def _ticket(self, arrays: list[np.ndarray]) -> _UringTicket:
+    def _ticket(self, memory: list[Any]) -> _UringTicket:
         """A ticket that this reader knows before the kernel does.
 
         Whatever happens to the caller (Ctrl-C between two lines), the memory that is read into lives until it is full.
@@ -126,7 +129,7 @@ class UringReader(ThreadReader):
         for old in list(self._live.values()) if len(self._live) > DEPTH else ():
             if old.batch is not None and old.ready():
                 old.settle()
-        ticket = _UringTicket(self, arrays)
+        ticket = _UringTicket(self, memory)
         self._live[id(ticket)] = ticket
         return ticket
 
@@ -159,6 +162,11 @@ class UringReader(ThreadReader):
         return ReadError(code, failed_read(path, offset, os.strerror(code)))
 
 
+def _fit(block: int, *numbers: np.ndarray) -> bool:
+    """Whether all of them are multiples of a power of two."""
+    return not any(np.bitwise_or.reduce(some) & some.dtype.type(block - 1) for some in numbers)
+
+
 def _forked() -> None:
     for reader in _readers:
         reader.forked()
@@ -173,9 +181,9 @@ class _UringTicket(Ticket):
 
     batch: int | None = None
 
-    def __init__(self, reader: UringReader, arrays: list[np.ndarray]) -> None:
+    def __init__(self, reader: UringReader, memory: list[Any]) -> None:
         super().__init__(0)
-        self._reader, self._arrays = reader, arrays
+        self._reader, self._memory = reader, memory
         self._landed = False
 
     def ready(self) -> bool:
@@ -191,7 +199,7 @@ class _UringTicket(Ticket):
                 self._landed = True
                 self.trace_landing()
         reader._live.pop(id(self), None)
-        self._arrays = []
+        self._memory = []
 
     def wait(self) -> None:
         self.settle()
