@@ -1,12 +1,12 @@
 """How close do our reads come to fio's on the same file, and how long a gap is worth reading over?
 
 Ours is what the engines call: `submit_rows` of random rows into slots (`submit` of consecutive 1 MiB pieces, as
-streamed layers are read), two batches of 4 MiB under way, `depth` reads in the kernel. fio's io_uring engine gets the
-same file, sizes and depth, with O_DIRECT. Both read into `depth` pieces of memory, again and again, as fio always does:
-a virtual disk copies, into 1 MiB that a core's cache holds a sixth faster than into 8 MiB. (Before the clock runs every
-batch is read into memory of its own, and every page of it is looked at.) The sides take short turns, at random which of
-them first, and the median of each counts; both rest before a turn, as a virtual disk may save up what was not read and
-lend it to whoever comes next. CPU is user + system time, per GB read.
+streamed layers are read), two batches under way, `depth` reads in the kernel and as many in line or more. fio's
+io_uring engine gets the same file, sizes and depth, with O_DIRECT. Both read into `depth` pieces of memory, again and
+again, as fio always does: a virtual disk copies, into 1 MiB that a core's cache holds a sixth faster than into 8 MiB.
+(Before the clock runs every batch is read into memory of its own, and every page of it is looked at.) The sides take
+short turns, at random which of them first, and the median of each counts; both rest before a turn, as a virtual disk
+may save up what was not read and lend it to whoever comes next. CPU is user + system time, per GB read.
 The file is read once before: the disk's host may keep a cache, and then whoever reads second would win. Without fio our
 pool of threads is the other side, and no target is judged.
 
@@ -39,7 +39,7 @@ DEPTHS = [1, 4, 16, 32, 64]
 JUDGED, JUDGED_DEPTH = (16 * KIB, 64 * KIB, common.MIB), 16
 MIN_SHARE, MAX_CPU = 0.95, 2.0  # of fio's bytes/s, of fio's CPU seconds per byte
 REST_S = 0.4  # about what fio takes to start
-BATCH_BYTES, BATCH_READS = 4 * common.MIB, 256  # of a batch, where that is as many reads as the depth
+BATCH_BYTES, BATCH_READS = 4 * common.MIB, 256  # of a batch, where that is twice the depth or more
 GAP_ROWS, GAPS = [1 * KIB, 2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB], [1, 2, 4, 8, 16, 32]  # row bytes, rows between two
 
 
@@ -87,7 +87,7 @@ class Ours:
         self.file = reader.open(path)
         self.sequential = size >= common.MIB
         n_rows = path.stat().st_size // size
-        self.n = max(1, min(max(depth, min(BATCH_READS, BATCH_BYTES // size)), n_rows // 4))
+        self.n = max(1, min(max(2 * depth, min(BATCH_READS, BATCH_BYTES // size)), n_rows // 4))
         draw = np.random.default_rng(depth)
         # Even rows only, so that no two are neighbours and every row is a read of its own, as it is in fio.
         self.batches = [
@@ -108,9 +108,9 @@ class Ours:
         """Reads of a batch of consecutive pieces."""
         from hf_flash.readers import Read
 
-        at = int(self.batches[number][0]) * self.size
-        views = [self.view[i * self.size : (i + 1) * self.size] for i in self.places.tolist()]
-        return [Read(self.file, at + i * self.size, [view]) for i, view in enumerate(views)]
+        size = self.size
+        places = zip(self.batches[number].tolist(), self.places.tolist(), strict=True)
+        return [Read(self.file, row * size, [self.view[at * size : (at + 1) * size]]) for row, at in places]
 
     def submit(self, number: int) -> Any:
         """Start batch `number` into `places`."""
