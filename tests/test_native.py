@@ -69,6 +69,21 @@ def test_sparse_ffn_of_any_number_of_rows(n, gated) -> None:
     assert n_fired == int((h != 0).any(0).sum())
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_bfloat16_rows_with_float32_inputs(gated) -> None:
+    """Inputs that are no bfloat16 go another way than those that are, where the CPU multiplies pairs of bfloat16."""
+    torch.manual_seed(0)
+    n, d_model, d_out = 50, 136, 72
+    layout = BundleLayout(d_model, d_out, gated, torch.bfloat16)
+    up, down, gate = (torch.randn(n, size).bfloat16() for size in (d_model, d_out, d_model))
+    rows, slots = layout.pack(up, down, gate if gated else None), torch.arange(n)
+    x = torch.randn(2, d_model)
+    y, n_fired = native.sparse_ffn(x, rows, slots, d_model, d_out, gated, torch.bfloat16, (0, 0.0))
+    h = torch.relu(x @ (gate if gated else up).float().t()) * (x @ up.float().t() if gated else 1)
+    torch.testing.assert_close(y, h @ down.float(), rtol=1e-4, atol=1e-3)
+    assert n_fired == int((h != 0).any(0).sum())
+
+
 def test_every_finite_half_is_widened_to_itself() -> None:
     """All 65536 halves but infinities and NaN: a weight alone in its row comes out as it is, subnormals too."""
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)

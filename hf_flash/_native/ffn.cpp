@@ -4,6 +4,7 @@
 // a core needs to keep its memory busy. How many loads it has under way itself depends on how many instructions a line
 // takes, so 16-bit numbers, which must be widened, are fetched a little ahead by hand, and bfloat16 is widened where it
 // lies, the even numbers of a line and the odd ones. For float32 the hardware does better alone (benchmarks/kernels.py).
+// Where the CPU adds two products of bfloat16 to a float32 at once, and inputs are bfloat16 as well, nothing is widened.
 #include "calls.h"
 #include "ffn.h"
 #if defined(__x86_64__)
@@ -16,7 +17,7 @@ namespace {
 
 template <int TYPE> constexpr int SIZE = TYPE == F32 ? 4 : 2;
 constexpr int64_t BLOCK = 32;    // numbers of a row that the loops take at a time
-constexpr int64_t AHEAD = 1536;  // bytes fetched ahead of each row
+constexpr int64_t AHEAD = 3584;  // bytes fetched ahead of each row
 
 template <int TYPE> INLINE float one(const uint8_t *at, int64_t k) {  // number k from `at`
   if (TYPE == F32) {
@@ -34,36 +35,77 @@ template <int TYPE> INLINE float one(const uint8_t *at, int64_t k) {  // number 
 #define LOOPS "ffn_loops.h"
 #include "each_level.h"
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#define HAVE_PAIRS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16")
+namespace {
+namespace pairs {
+#define PAIRS
+#include "ffn_loops.h"
+#undef PAIRS
+}  // namespace pairs
+}  // namespace
+#pragma GCC pop_options
+#endif
+
 namespace {
 
-// Every whole block of 32: the even ones, then the odd ones, as bfloat16 is widened. Or back.
-void mix(const float *from, int64_t d, float *to) {
-  int64_t j = 0;
-  for (; j + BLOCK <= d; j += BLOCK)
-    for (int64_t k = 0; k < BLOCK / 2; k++) to[j + k] = from[j + 2 * k], to[j + BLOCK / 2 + k] = from[j + 2 * k + 1];
-  for (; j < d; j++) to[j] = from[j];
-}
+// Where number k of a block of 32 belongs, as bfloat16 is widened: the even ones, then the odd ones.
+constexpr int64_t mixed(int64_t k) { return k % 2 * BLOCK / 2 + k / 2; }
 
-void add_unmixed(const float *from, int64_t d, float *to) {
+// And where it lands as two rows are paired: of every eight the first four, then of every eight the others.
+constexpr int64_t paired(int64_t k) { return k / 4 % 2 * BLOCK / 2 + k / 8 * 4 + k % 4; }
+
+// Adds what lies where PLACE says.
+template <int64_t PLACE(int64_t)> void add_in_order(const float *from, int64_t d, float *to) {
   int64_t j = 0;
   for (; j + BLOCK <= d; j += BLOCK)
-    for (int64_t k = 0; k < BLOCK / 2; k++) to[j + 2 * k] += from[j + k], to[j + 2 * k + 1] += from[j + BLOCK / 2 + k];
+    for (int64_t k = 0; k < BLOCK; k++) to[j + k] += from[j + PLACE(k)];
   for (; j < d; j++) to[j] += from[j];
 }
 
 template <int TYPE> int64_t run(const Ffn &f, float *out) {
   return sum_parts(f.n, f.T * f.d_out, out, [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
-    CALL(ffn<TYPE>, &f, begin, end, acc, fired);
+    CALL(ffn<TYPE>, &f, f.x, begin, end, acc, fired);
   });
 }
 
 int64_t run_mixed(Ffn f, float *out) {
   Floats x(f.T * f.d), sums(f.T * f.d_out);
-  for (int64_t t = 0; t < f.T; t++) mix(f.x + t * f.d, f.d, x.data() + t * f.d);
+  for (int64_t t = 0; t < f.T; t++) {
+    const float *from = f.x + t * f.d;
+    float *to = x.data() + t * f.d;
+    int64_t j = 0;
+    for (; j + BLOCK <= f.d; j += BLOCK)
+      for (int64_t k = 0; k < BLOCK; k++) to[j + mixed(k)] = from[j + k];
+    for (; j < f.d; j++) to[j] = from[j];
+  }
   f.x = x.data();
   const int64_t fired = run<BF16>(f, sums.data());
-  for (int64_t t = 0; t < f.T; t++) add_unmixed(sums.data() + t * f.d_out, f.d_out, out + t * f.d_out);
+  for (int64_t t = 0; t < f.T; t++) add_in_order<mixed>(sums.data() + t * f.d_out, f.d_out, out + t * f.d_out);
   return fired;
+}
+
+#ifdef HAVE_PAIRS
+int64_t run_pairs(const Ffn &f, float *out) {
+  Floats bits(f.T * f.d / 2 + 1), sums(f.T * f.d_out);
+  uint16_t *x = reinterpret_cast<uint16_t *>(bits.data());
+  for (int64_t j = 0; j < f.T * f.d; j++) x[j] = bits_bf16(f.x[j]);
+  const auto work = [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
+    pairs::ffn<BF16>(&f, x, begin, end, acc, fired);
+  };
+  const int64_t fired = sum_parts(f.n, f.T * f.d_out, sums.data(), work);
+  for (int64_t t = 0; t < f.T; t++) add_in_order<paired>(sums.data() + t * f.d_out, f.d_out, out + t * f.d_out);
+  return fired;
+}
+#endif
+
+int64_t run_bf16(const Ffn &f, float *out) {
+#ifdef HAVE_PAIRS
+  if (f.round_dtype == BF16 && level() == 4 && __builtin_cpu_supports("avx512bf16")) return run_pairs(f, out);
+#endif
+  return run_mixed(f, out);
 }
 
 }  // namespace
@@ -77,7 +119,7 @@ int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out,
                             const int64_t *slots, int64_t n, const float *gate_bias, const float *up_bias, int gated,
                             int dtype, int round_dtype, int act, float threshold, float *out) {
   const Ffn f{x, T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
-  return dtype == BF16 ? run_mixed(f, out) : dtype == F16 ? run<F16>(f, out) : run<F32>(f, out);
+  return dtype == BF16 ? run_bf16(f, out) : dtype == F16 ? run<F16>(f, out) : run<F32>(f, out);
 }
 
 }  // extern "C"

@@ -1,5 +1,10 @@
-// The loops of ffn.cpp for one instruction set: included there once for each, in a namespace of its own.
+// The loops of ffn.cpp for one instruction set: included there once for each, in a namespace of its own. With PAIRS for
+// bfloat16 alone: inputs and hidden values are bfloat16 too, and two products at a time are added to a float32.
 
+#ifdef PAIRS
+using Input = uint16_t;
+#else
+using Input = float;
 #if LEVEL == 4
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -59,6 +64,7 @@ INLINE float sum(Vec v) {
   for (int k = 0; k < W; k++) total += v[k];
   return total;
 }
+#endif
 
 // Calls block(j, at) for every whole block of d numbers of four rows: number j lies at byte `at`. What comes AHEAD bytes
 // later in the same rows is fetched meanwhile and, instead of what lies behind those numbers, the beginning of `next`.
@@ -78,6 +84,41 @@ INLINE int64_t walk(const uint8_t *const *rows, const uint8_t *const *next, int6
   return end;
 }
 
+#ifdef PAIRS
+INLINE __m512bh whole(const void *at) { return (__m512bh)_mm512_loadu_si512(at); }
+
+template <int TYPE>
+INLINE void dot4(const uint8_t *const *rows, const uint8_t *const *next, const Input *x, int64_t d, float *z) {
+  __m512 sums[4] = {};
+  const int64_t rest = walk<TYPE>(rows, next, d, [&](int64_t j, int64_t at) {
+    for (int r = 0; r < 4; r++) sums[r] = _mm512_dpbf16_ps(sums[r], whole(rows[r] + at), whole(x + j));
+  });
+  for (int r = 0; r < 4; r++) {
+    z[r] = _mm512_reduce_add_ps(sums[r]);
+    for (int64_t j = rest; j < d; j++) z[r] += one<TYPE>(rows[r], j) * from_bf16(x[j]);
+  }
+}
+
+// Sums are where `paired` says.
+template <int TYPE>
+INLINE void add4(const uint8_t *const *rows, const uint8_t *const *next, const float *h, int64_t d, float *y) {
+  __m512i pair[2];
+  for (int p = 0; p < 2; p++)
+    pair[p] = _mm512_set1_epi32(static_cast<int>(bits_bf16(h[2 * p]) | static_cast<uint32_t>(bits_bf16(h[2 * p + 1])) << 16));
+  const int64_t rest = walk<TYPE>(rows, next, d, [&](int64_t j, int64_t at) {
+    __m512 y0 = _mm512_loadu_ps(y + j), y1 = _mm512_loadu_ps(y + j + 16);
+    for (int p = 0; p < 2; p++) {
+      const __m512i a = _mm512_loadu_si512(rows[2 * p] + at), b = _mm512_loadu_si512(rows[2 * p + 1] + at);
+      y0 = _mm512_dpbf16_ps(y0, (__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)pair[p]);
+      y1 = _mm512_dpbf16_ps(y1, (__m512bh)_mm512_unpackhi_epi16(a, b), (__m512bh)pair[p]);
+    }
+    _mm512_storeu_ps(y + j, y0);
+    _mm512_storeu_ps(y + j + 16, y1);
+  });
+  for (int64_t j = rest; j < d; j++)
+    for (int r = 0; r < 4; r++) y[j] += h[r] * one<TYPE>(rows[r], j);
+}
+#else
 // z[r] = rows[r] . x for four rows.
 template <int TYPE>
 INLINE void dot4(const uint8_t *const *rows, const uint8_t *const *next, const float *x, int64_t d, float *z) {
@@ -117,9 +158,10 @@ INLINE void add4(const uint8_t *const *rows, const uint8_t *const *next, const f
   for (int64_t j = rest; j < d; j++)
     for (int r = 0; r < 4; r++) y[j] += h[r] * one<TYPE>(rows[r], j);
 }
+#endif
 
 // Four rows at a time: which of them fire is known before the rest of those that do is touched.
-template <int TYPE> void ffn(const Ffn *f, int64_t begin, int64_t end, float *acc, int64_t *fired) {
+template <int TYPE> void ffn(const Ffn *f, const Input *all, int64_t begin, int64_t end, float *acc, int64_t *fired) {
   const int64_t d = f->d, part = d * SIZE<TYPE>;
   const float *bias = f->gated ? f->gate_bias : f->up_bias;
   bool rest = true;  // whether the rest of four rows is likely to be used: that of the last four was
@@ -132,7 +174,7 @@ template <int TYPE> void ffn(const Ffn *f, int64_t begin, int64_t end, float *ac
     }
     uint32_t any = 0;
     for (int64_t t = 0; t < f->T; t++) {
-      const float *x = f->x + t * d;
+      const Input *x = all + t * d;
       float z[4], h[4] = {}, up_bias[4] = {};
       int64_t n_firing = 0;
       dot4<TYPE>(rows, rest ? nullptr : next, x, d, z);
