@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 LLAMA_NAMES = {
@@ -122,18 +123,37 @@ def add_metadata(writer: Any, config: dict[str, Any]) -> None:
 
 
 def write(model_dir: Path, out_file: Path) -> Path:
-    """Write the weights of `model_dir` as `out_file` if it is not there; matrices bf16, vectors float32."""
+    """Write the weights of `model_dir` as `out_file` if it is not there; matrices bf16, vectors float32.
+
+    Nothing is left of a file that could not be written to its end.
+    """
     if out_file.is_file():
         return out_file
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_file.with_suffix(".partial")
+    need, free = sum(part.stat().st_size for part in model_dir.glob("*.safetensors")), disk_usage(out_file.parent).free
+    if need > free:
+        raise SystemExit(
+            f"{out_file} takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there: delete a model in "
+            f"{model_dir.parent} that this run does not need, or name another folder with --dir"
+        )
+    try:
+        _write(model_dir, partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.rename(out_file)
+    return out_file
+
+
+def _write(model_dir: Path, file: Path) -> None:
     import gguf
     import numpy as np
 
     config = json.loads((model_dir / "config.json").read_text())
     stored = Stored(model_dir)
     arch, plan = {"llama": ("llama", llama_plan), "opt": ("gpt2", opt_plan)}[config["model_type"]]
-    out_file.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_file.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, arch)
+    writer = gguf.GGUFWriter(file, arch)
     add_metadata(writer, config)
     tensors = list(plan(config))
     for name, sources, _ in tensors:
@@ -159,5 +179,3 @@ def write(model_dir: Path, out_file: Path) -> Path:
             data = (data.astype(np.uint32) << 16).view(np.float32)
         writer.write_tensor_data(np.ascontiguousarray(data))
     writer.close()
-    partial.rename(out_file)
-    return out_file
