@@ -97,26 +97,28 @@ class Ours:
         ]  # fmt: skip
         self.target = aligned_empty(self.n * size).fill_(1)
         self.view, self.sink = view_bytes(self.target), view_bytes(aligned_empty(PAGE))
-        self.places, self.reads = np.arange(self.n), []
+        self.read_into(np.arange(self.n))
         for number in range(n_batches):
             self.submit(number).wait()
             self.check(number)
-        self.places %= depth
-        self.reads = [self.pieces(number) for number in range(n_batches if self.sequential else 0)]
+        self.read_into(np.arange(self.n) % depth)
 
-    def pieces(self, number: int) -> list[Any]:
-        """Reads of a batch of consecutive pieces."""
+    def read_into(self, places: Any) -> None:
+        """Have row i of every batch land in piece places[i] of the memory, [n]."""
         from hf_flash.readers import Read
 
-        size = self.size
-        places = zip(self.batches[number].tolist(), self.places.tolist(), strict=True)
-        return [Read(self.file, row * size, [self.view[at * size : (at + 1) * size]]) for row, at in places]
+        self.places, size = places, self.size
+        pieces = [self.view[at * size : (at + 1) * size] for at in places.tolist()]
+        self.reads = [
+            [Read(self.file, row * size, [piece]) for row, piece in zip(rows.tolist(), pieces, strict=True)]
+            for rows in self.batches
+        ]
 
     def submit(self, number: int) -> Any:
-        """Start batch `number` into `places`."""
+        """Start batch `number`."""
         number %= len(self.batches)
         if self.sequential:
-            return self.reader.submit(self.reads[number] if self.reads else self.pieces(number))
+            return self.reader.submit(self.reads[number])
         rows = self.batches[number]
         return self.reader.submit_rows(self.file, 0, self.size, rows, self.view, self.places, 0, self.sink)[0]
 
@@ -140,7 +142,7 @@ class Ours:
 
         per_row = self.size // PAGE
         found = self.target.view(torch.int64).view(self.n, per_row, PAGE // 8)[:, :, 0].numpy()
-        rows = self.batches[number % len(self.batches)]
+        rows = self.batches[number]
         if not np.array_equal(found, rows[:, None] * per_row + np.arange(per_row)):
             raise SystemExit(f"reads: wrong bytes at {self.size} bytes a read")
 

@@ -91,7 +91,7 @@ int64_t run_mixed(Ffn f, float *out) {
 int64_t run_pairs(const Ffn &f, float *out) {
   Floats bits(f.T * f.d / 2 + 1), sums(f.T * f.d_out);
   uint16_t *x = reinterpret_cast<uint16_t *>(bits.data());
-  for (int64_t j = 0; j < f.T * f.d; j++) x[j] = bits_bf16(f.x[j]);
+  from_float(f.x, f.T * f.d, BF16, x);
   const auto work = [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
     pairs::ffn<BF16>(&f, x, begin, end, acc, fired);
   };

@@ -84,6 +84,7 @@ INLINE int64_t walk(const uint8_t *const *rows, const uint8_t *const *next, int6
   return end;
 }
 
+// dot4: z[r] = rows[r] . x for four rows. add4: y += the sum of h[r] * rows[r] for four rows.
 #ifdef PAIRS
 INLINE __m512bh whole(const void *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
@@ -99,7 +100,7 @@ INLINE void dot4(const uint8_t *const *rows, const uint8_t *const *next, const I
   }
 }
 
-// Sums are where `paired` says.
+// y is where `paired` says.
 template <int TYPE>
 INLINE void add4(const uint8_t *const *rows, const uint8_t *const *next, const float *h, int64_t d, float *y) {
   __m512i pair[2];
@@ -119,7 +120,6 @@ INLINE void add4(const uint8_t *const *rows, const uint8_t *const *next, const f
     for (int r = 0; r < 4; r++) y[j] += h[r] * one<TYPE>(rows[r], j);
 }
 #else
-// z[r] = rows[r] . x for four rows.
 template <int TYPE>
 INLINE void dot4(const uint8_t *const *rows, const uint8_t *const *next, const float *x, int64_t d, float *z) {
   Vec sums[4][2] = {};
@@ -139,7 +139,6 @@ INLINE void dot4(const uint8_t *const *rows, const uint8_t *const *next, const f
   }
 }
 
-// y += the sum of h[r] * rows[r] for four rows.
 template <int TYPE>
 INLINE void add4(const uint8_t *const *rows, const uint8_t *const *next, const float *h, int64_t d, float *y) {
   const int64_t rest = walk<TYPE>(rows, next, d, [&](int64_t j, int64_t at) {
