@@ -41,6 +41,7 @@ class GrowingLayer(DynamicLayer):
     # What `keys` and `values` were set to last, and the shapes of what was appended then: if nothing else was done
     # since, as from token to token, there is nothing to find out.
     _last: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None
+    _where: tuple[Any, int, int] | None = None  # rooms, and where their first numbers lie
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -72,6 +73,42 @@ class GrowingLayer(DynamicLayer):
         self._last = self.keys, self.values, key_states.shape, value_states.shape
         return self.keys, self.values
 
+    def next_row(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int] | None:
+        """Where to write a token that is like the one before, in place of `update`; `took_row` follows.
+
+        Args:
+            shape: of its keys and of its values, [1, n_heads, 1, head_dim].
+
+        Returns:
+            Addresses of the first token's keys and values, elements from one head to the next, and the number of
+            tokens before; None where only `update` knows what to do.
+        """
+        last, rooms, where = self._last, self._rooms, self._where
+        if last is None or rooms is None or self.keys is not last[0] or self.values is not last[1]:
+            return None
+        if last[2] != shape or last[3] != shape:
+            return None
+        if where is None or where[0] is not rooms:
+            if not rooms[0].dtype == rooms[1].dtype == dtype or rooms[0].shape != rooms[1].shape:
+                return None
+            self._where = where = rooms, rooms[0].data_ptr(), rooms[1].data_ptr()
+        n, room = last[0].shape[2], rooms[0].shape[2]
+        return None if n >= room else (where[1], where[2], room * shape[3], n)
+
+    def written(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the row that `next_row` told of, [1, n_heads, head_dim] each; not held yet."""
+        assert self._last is not None and self._rooms is not None
+        n = self._last[0].shape[2]
+        return self._rooms[0][:, :, n], self._rooms[1][:, :, n]
+
+    def took_row(self) -> None:
+        """Hold one token more: it has been written to where `next_row` said."""
+        last, rooms = self._last, self._rooms
+        assert last is not None and rooms is not None
+        n = last[0].shape[2] + 1
+        self.keys, self.values = rooms[0].narrow(2, 0, n), rooms[1].narrow(2, 0, n)
+        self._last = self.keys, self.values, last[2], last[3]
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the sequences in another order, where they lie: no plan has room for a copy of every layer."""
         rooms, keys, values, n = self._rooms, self.keys, self.values, len(beam_idx)
@@ -84,13 +121,13 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._rooms = self._last = None
+        self._rooms = self._last = self._where = None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens, not the room for more."""
         held = {name: t.clone() for name in ("keys", "values") if (t := getattr(self, name, None)) is not None}
-        return {**vars(self), "_rooms": None, "_last": None, **held}
+        return {**vars(self), "_rooms": None, "_last": None, "_where": None, **held}
 
 
 @dataclasses.dataclass(frozen=True)

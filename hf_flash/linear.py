@@ -112,7 +112,7 @@ class PackedLinear(OnFlashLinear):
             rows: [out_features, in_features * 2], bfloat16.
             exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
         """
-        self._exact = exact
+        self.exact = exact
         n_tokens = 1 if exact else native.MAX_TOKENS if native.library() is not None else 0
         self._most = n_tokens * self.in_features  # entries of an input that the kernels take
         self._n_threads = torch.get_num_threads()
@@ -136,7 +136,7 @@ class PackedLinear(OnFlashLinear):
         if x.numel() > self._most:
             return super().compute(x)
         bias = self._parameters["bias"]
-        if self._exact:
+        if self.exact:
             if x.numel() == self._most and self._can_order(x, bias):
                 return self.matrix.matvec(x if x.is_contiguous() else x.contiguous(), bias)
         elif x.dtype in native.CODES:

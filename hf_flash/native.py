@@ -30,7 +30,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 9
+ABI = 10
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 BIAS_FIELDS = tuple(f"{name}_bias" for name in Biases._fields)  # of structs that native code reads
@@ -72,6 +72,10 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_attention.argtypes = []
     lib.hf_flash_attend.restype = None
     lib.hf_flash_attend.argtypes = [_P, _P, _P, *[_I] * 13, _F, _P]
+    lib.hf_flash_attention_step.restype = None
+    lib.hf_flash_attention_step.argtypes = [*[_P] * 6, _I, _I, *[_P] * 5]
+    lib.hf_flash_attention_step_bytes.restype = _I
+    lib.hf_flash_attention_step_bytes.argtypes = []
     lib.hf_flash_sparse_ffn.restype = _I
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 import hf_flash
 from hf_flash import FlashConfig, attach
-from hf_flash.budget import Demand, Plan, make_plan, smallest_cap
+from hf_flash.budget import MIN_CHUNK_BYTES, Demand, Plan, make_plan, smallest_cap
+from hf_flash.budget import _divide as divide
 from hf_flash.ffn import FlashFFN
 
 ROOMY = "1GiB"  # a cap under which everything tiny or shipped stays in DRAM
@@ -53,6 +54,23 @@ def tightest_plan() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attach, "make_plan", tightest)
+        yield
+
+
+@contextlib.contextmanager
+def packing_plan() -> Iterator[None]:
+    """Models loaded in this block get the largest plan that is too small to keep everything as it is."""
+
+    def largest(demand: Demand, memory: int, residents: bool = True) -> Plan:
+        low, high = 0, 1 << 32
+        while high - low > 1:
+            middle = (low + high) // 2
+            plan = divide(demand, middle, MIN_CHUNK_BYTES)
+            low, high = (low, middle) if plan is not None and plan.unpacked else (middle, high)
+        return make_plan(demand, low)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach, "make_plan", largest)
         yield
 
 

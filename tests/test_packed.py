@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_e2e import greedy, load, logits_of, plan_of
+from helpers_e2e import greedy, load, logits_of, packing_plan, plan_of
 from helpers_hub import save_stock, tiny_llama, tiny_opt
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_flash
-from hf_flash import attach, linear, native, resident, tight
-from hf_flash.budget import MIN_CHUNK_BYTES, Demand, Plan, make_plan
-from hf_flash.budget import _divide as divide
+from hf_flash import linear, native, resident, tight
 from hf_flash.linear import PackedLinear
 from hf_flash.readers import open_reader
 from hf_flash.resident import PackedMatrix, Resident, TightMatrix, read_matrix
@@ -155,23 +153,6 @@ def test_no_weight_has_a_common_exponent(way: str, tmp_path: Path) -> None:
 
 
 # Models ------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def packing_plan() -> Iterator[None]:
-    """Models loaded in this block get the largest plan that is too small to keep everything as it is."""
-
-    def largest(demand: Demand, memory: int, residents: bool = True) -> Plan:
-        low, high = 0, 1 << 32
-        while high - low > 1:
-            middle = (low + high) // 2
-            plan = divide(demand, middle, MIN_CHUNK_BYTES)
-            low, high = (low, middle) if plan is not None and plan.unpacked else (middle, high)
-        return make_plan(demand, low)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attach, "make_plan", largest)
-        yield
 
 
 MODELS = {

@@ -16,6 +16,7 @@ static inline double now() {  // seconds
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+struct AttentionStep;
 struct Step;
 struct Stream;
 struct Sum;
@@ -24,6 +25,9 @@ extern "C" {
 void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t q_batch, int64_t q_head,
                      int64_t k_batch, int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
                      int64_t B, int64_t H, int64_t group, int64_t n, int64_t D, float scale, uint16_t *out);
+void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+                             uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n, const uint16_t *q_bias,
+                             const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out);
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,

@@ -1,0 +1,69 @@
+// One token through an attention, from its first projection to its last, in one call: what the modules that
+// attention_step.py names do one after the other, with the same kernels and the same roundings in between.
+#include "calls.h"
+#include "common.h"
+
+struct Projection {  // tight.h
+  const uint8_t *rows;
+  int64_t stride, n, E;
+  const uint8_t *base;
+  const int32_t *start;
+  const uint8_t *escapes;
+};
+
+struct AttentionStep {  // attention_step.py has the same fields
+  Projection q, k, v, o;
+  int64_t n_heads, n_shared, D, exact;
+  float q_scale, scale;  // of the queries, and of their products with the keys
+};
+
+namespace {
+
+void project(const AttentionStep &s, const Projection &p, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  if (s.exact) hf_flash_ordered_tight(p.rows, p.stride, p.n, p.E, p.base, p.start, p.escapes, x, bias, out);
+  else hf_flash_tight_linear(p.rows, p.stride, p.n, p.E, p.base, p.start, p.escapes, x, bias, 1, BF16, out);
+}
+
+uint16_t times(uint16_t a, float b) { return bits_bf16(round_bf16(from_bf16(a) * b)); }
+
+// out [n, D], heads `out_head` apart = x * cos + rotate_half(x) * sin, each product and the sum rounded; x as it is
+// without cos.
+void rotate(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t n, int64_t D, uint16_t *out,
+            int64_t out_head) {
+  for (int64_t h = 0; h < n; h++, x += D, out += out_head) {
+    for (int64_t i = 0; i < D && !cos; i++) out[i] = x[i];
+    for (int64_t i = 0; i < D && cos; i++) {
+      const float half = i < D / 2 ? -from_bf16(x[i + D / 2]) : from_bf16(x[i - D / 2]);
+      const float turned = round_bf16(half * from_bf16(sin[i])), kept = from_bf16(times(x[i], from_bf16(cos[i])));
+      out[i] = bits_bf16(round_bf16(kept + turned));
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t hf_flash_attention_step_bytes() { return sizeof(AttentionStep); }
+
+// out = the attention of x [E], as the token behind n others. Its keys and values are written behind theirs: to row n of
+// each head of `keys` and `values`, whose heads are `kv_head` elements apart. cos, sin: [D], or null. Biases or null.
+void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
+                             uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n, const uint16_t *q_bias,
+                             const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out) {
+  const int64_t D = s->D, width = s->n_heads * D;
+  std::vector<uint16_t> heads(static_cast<size_t>(width)), query(heads.size());
+  uint16_t *row = heads.data();
+  project(*s, s->k, x, k_bias, row);
+  rotate(row, cos, sin, s->n_shared, D, keys + n * D, kv_head);
+  project(*s, s->v, x, v_bias, row);
+  rotate(row, nullptr, nullptr, s->n_shared, D, values + n * D, kv_head);
+  project(*s, s->q, x, q_bias, row);
+  for (int64_t i = 0; i < width && s->q_scale != 1.0f; i++) row[i] = times(row[i], s->q_scale);
+  rotate(row, cos, sin, s->n_heads, D, query.data(), D);
+  hf_flash_attend(query.data(), keys, values, width, D, 0, kv_head, D, 0, kv_head, D, 1, s->n_heads,
+                  s->n_heads / s->n_shared, n + 1, D, s->scale, row);
+  project(*s, s->o, row, o_bias, out);
+}
+
+}  // extern "C"

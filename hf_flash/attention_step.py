@@ -1,0 +1,226 @@
+"""One token through an attention in one native call: projections, rotation, KV cache, scores and sums.
+
+A small model's attention runs in its Python as long as in its kernels, since streamed weights have emptied the CPU's
+caches of code by then. Here the forward of attentions that transformers spells in one of the ways of `KINDS`, and whose
+matrices stay in DRAM packed (resident.py), calls the same kernels with nothing in between. Whatever is not a plain
+decoded token goes to the stock forward. That may change with transformers: nothing relies on how it is spelled now, as
+each module's first tokens go both ways, and it stays with the stock forward for good where one bit differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+from torch.nn.modules import module as hooks
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from hf_flash import attention, native, ordered, tight
+from hf_flash.kv import CACHE_NAMES, GrowingLayer
+from hf_flash.linear import PackedLinear
+from hf_flash.resident import TightMatrix
+
+logger = logging.get_logger(__name__)
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_PROOFS = 2  # tokens that go both ways
+_GLOBAL_HOOKS = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a class of attentions computes.
+
+    Attributes:
+        out: name of the last projection; the others are q_proj, k_proj and v_proj.
+        rotary: whether queries and keys are turned by `position_embeddings`; else queries are scaled.
+    """
+
+    out: str
+    rotary: bool
+
+
+KINDS = {
+    "OPTAttention": Kind("out_proj", False),
+    **{
+        f"{name}Attention": Kind("o_proj", True)
+        for name in ("Llama", "Mistral", "Qwen2", "Gemma", "Granite", "Starcoder2")
+    },
+}
+# What a forward may be called with besides, as it changes nothing here; of any other name, nothing but None and False.
+_NO_MATTER = {"position_embeddings", "position_ids", "cache_position", "use_cache"}
+
+
+class _Projection(ctypes.Structure):
+    """The fields of _native/attention_step.cpp, in its order."""
+
+    _fields_ = [
+        ("rows", _P), ("stride", _I), ("n", _I), ("E", _I), ("base", _P), ("start", _P), ("escapes", _P),
+    ]  # fmt: skip
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, _Projection) for name in "qkvo"],
+        *[(name, _I) for name in ("n_heads", "n_shared", "head_dim", "exact")],
+        ("q_scale", _F), ("scale", _F),
+    ]  # fmt: skip
+
+
+class AttentionStep:
+    """The forward of one attention module.
+
+    Args:
+        module: of a class in KINDS.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kind = kind = KINDS[type(module).__name__]
+        self._names = ("q_proj", "k_proj", "v_proj", kind.out)
+        self._modules: dict[str, nn.Module | None] = {}  # the module's own
+        self._parts: tuple[PackedLinear, ...] = ()
+        self._proofs = _PROOFS  # that are missing
+        self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
+        self._s: _Step | None = None  # made once: another thread may be using it
+        self._stock = type(module).forward.__get__(module)
+        functools.update_wrapper(self, self._stock)
+
+    @staticmethod
+    def can(module: nn.Module) -> bool:
+        """Whether a module may have such a forward."""
+        kind = KINDS.get(type(module).__name__)
+        if kind is None or not type(module).__module__.startswith("transformers.") or "forward" in vars(module):
+            return False
+        names = {"q_proj", "k_proj", "v_proj", kind.out}
+        parts = dict(module.named_children())
+        return set(parts) == names and all(type(part) is PackedLinear for part in parts.values())
+
+    def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock forward."""
+        layer = None if args else self._layer(hidden_states, kwargs)
+        row = None if layer is None else layer.next_row(self._shape, torch.bfloat16)
+        biases = None if row is None else self._biases()
+        if layer is None or row is None or biases is None:
+            return self._stock(hidden_states, *args, **kwargs)
+        out = torch.empty_like(hidden_states)
+        cos, sin = kwargs["position_embeddings"] if self._kind.rotary else (None, None)
+        self._run(
+            self._address, hidden_states.data_ptr(), native.pointer(cos), native.pointer(sin), *row, *biases,
+            out.data_ptr(),
+        )  # fmt: skip
+        if self._proofs:
+            return self._prove(layer, out, hidden_states, kwargs)
+        layer.took_row()
+        return out, None
+
+    def _layer(self, x: Any, kwargs: dict[str, Any]) -> GrowingLayer | None:
+        """The layer of the cache that one plain token is to be added to; None for everything else."""
+        if is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self._module.training:
+            return None
+        if torch.get_num_threads() != self._n_threads:
+            self._prepare()
+        if not self._can or x is None or x.dtype is not torch.bfloat16 or x.shape != self._x_shape:
+            return None
+        cache = None
+        for name, value in kwargs.items():
+            if name in CACHE_NAMES:
+                cache = value
+            elif value is not None and value is not False and name not in _NO_MATTER:
+                return None
+        config: Any = self._module.config
+        if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not attention.forward:
+            return None
+        if self._kind.rotary and not self._can_rotate(kwargs.get("position_embeddings")):
+            return None
+        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self._index:
+            return None
+        layer = cache.layers[self._index]
+        return layer if type(layer) is GrowingLayer and x.is_contiguous() and x.device.type == "cpu" else None
+
+    def _can_rotate(self, given: Any) -> bool:
+        """Whether the kernel takes these position embeddings, (cos, sin)."""
+        return isinstance(given, tuple) and all(
+            t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in given
+        )
+
+    def _biases(self) -> list[int | None] | None:
+        """Addresses of the projections' biases; None where those are not what they were, or someone watches them."""
+        out = []
+        for name, known in zip(self._names, self._parts, strict=True):
+            part: Any = self._modules[name]
+            if part is not known or part._forward_hooks or part._forward_pre_hooks:
+                return None
+            bias = part._parameters["bias"]
+            if bias is not None and bias.dtype is not torch.bfloat16:
+                return None
+            out.append(None if bias is None else bias.data_ptr())
+        return None if any(_GLOBAL_HOOKS) else out
+
+    def _prepare(self) -> None:
+        """Find out whether the kernels can be had, with as many threads as there are now."""
+        self._n_threads, self._can = torch.get_num_threads(), False
+        if self._s is None and not self._describe():
+            return
+        s = self._s
+        assert s is not None
+        can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
+        if s.exact:
+            can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts)
+        self._proofs, self._can = _PROOFS, can
+
+    def _describe(self) -> bool:
+        """Tell native code of the module; False where it is none for it."""
+        module: Any = self._module
+        parts: list[Any] = [module._modules[name] for name in self._names]
+        if not (tight.available() and all(type(part) is PackedLinear for part in parts)):
+            return False
+        if not all(type(part.matrix) is TightMatrix for part in parts):
+            return False
+        q, k, v, o = parts
+        size = module.head_dim
+        n_heads, n_shared = q.out_features // size, k.out_features // size
+        if k.out_features != v.out_features or q.in_features != o.out_features:
+            return False
+        lib: Any = native.library()
+        assert lib.hf_flash_attention_step_bytes() == ctypes.sizeof(_Step)
+        scales = (1.0, module.scaling) if self._kind.rotary else (module.scaling, 1.0)
+        matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
+        self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
+        self._address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
+        self._parts, self._modules, self._index = tuple(parts), module._modules, module.layer_idx
+        self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
+        return True
+
+    def _prove(self, layer: GrowingLayer, out: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        """The stock forward's result; what the kernel made of the same token has to be the same."""
+        mine = [out, *(row.clone() for row in layer.written())]
+        result = self._stock(x, **kwargs)
+        theirs = [result[0], *(held[:, :, -1] for held in (layer.keys, layer.values) if held is not None)]
+        if all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+            self._proofs -= 1
+        else:
+            self._can = False  # until the number of threads changes
+            logger.info_once(
+                f"hf_flash: {type(self._module).__name__} does not compute as attention_step.py has it: its modules "
+                "run one by one."
+            )
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
+        return AttentionStep(copy.deepcopy(self._module, memo))
+
+
+def install(model: nn.Module) -> None:
+    """Give a model's attentions such a forward, where they may have it."""
+    for module in model.modules():
+        if AttentionStep.can(module):
+            module.forward = AttentionStep(module)  # type: ignore[assignment]

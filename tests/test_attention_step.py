@@ -1,0 +1,292 @@
+"""A token's attention in one call: to the bit what its modules make of it; they run where it is not plain."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_e2e import greedy, load, packing_plan
+from helpers_hub import VOCAB, save_stock, tiny_llama, tiny_opt
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.opt import modeling_opt
+
+import hf_flash
+from hf_flash import attention, native, tight
+from hf_flash.attention_step import KINDS, AttentionStep
+from hf_flash.kv import CACHE_NAMES
+from hf_flash.linear import PackedLinear
+
+LIB = native.library()
+HERE = LIB is not None and bool(LIB.hf_flash_attention()) and attention.agrees(4, 4, 32) and tight.available()
+pytestmark = pytest.mark.skipif(not HERE, reason="no AVX512-VBMI2, or torch sums in another order here")
+IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
+N = 12
+CACHE = next(n for n in CACHE_NAMES if n in inspect.signature(modeling_opt.OPTForCausalLM.forward).parameters)
+
+
+def tiny(kind: str) -> PreTrainedModel:
+    """Two layers of a family that has no builder of its own."""
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "sliding_window": None,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "opt": lambda: tiny_opt(hidden_size=128, word_embed_proj_dim=128),
+    "llama": lambda: tiny_llama("silu", hidden_size=128, attention_bias=True),
+    **{kind: lambda kind=kind: tiny(kind) for kind in ("mistral", "qwen2", "gemma", "granite", "starcoder2")},
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Where a family's flash checkpoint lies; made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            save_stock(folder / "stock", MODELS[kind]().bfloat16())
+            made[kind] = hf_flash.repack(folder / "stock", folder / "flash", pack=True, progress=False)
+        return made[kind]
+
+    return get
+
+
+def steps_of(model: PreTrainedModel) -> list[AttentionStep]:
+    found = [vars(module).get("forward") for module in model.modules()]
+    return [step for step in found if isinstance(step, AttentionStep)]
+
+
+class Model:
+    """A model from flash whose matrices are packed, and the calls that its attentions make."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        with packing_plan():
+            self.flash = load(folder, **options)
+        self.steps, self.n = steps_of(self.flash), 0
+        assert len(self.steps) == self.flash.config.num_hidden_layers
+        for step in self.steps:
+            step._prepare()
+            assert step._can
+            step._run = self._counted(step._run)
+
+    def _counted(self, true: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            self.n += 1
+            true(*args)
+
+        return run
+
+    def tokens(self, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+        return greedy(self.flash, ids, N, **options)
+
+
+def stock(folder: Path, **options: Any) -> PreTrainedModel:
+    """The same model, its attentions as transformers has them."""
+    with packing_plan():
+        model = load(folder, **options)
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    return model
+
+
+def held(cache: Any) -> Iterator[torch.Tensor]:
+    for layer in cache.layers:
+        yield from (layer.keys, layer.values)
+
+
+def generate(model: PreTrainedModel, n: int = N) -> Any:
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    return model.generate(IDS, max_new_tokens=n, min_new_tokens=n, **options)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_it_has_the_modules_bits(folder_of: Callable[[str], Path], kind: str, exact: bool) -> None:
+    folder, options = folder_of(kind), {"gate": "all", "exact": exact}
+    model = Model(folder, **options)
+    found, want = generate(model.flash), generate(stock(folder, **options))
+    # The first token is the prompt's; the second finds a cache whose last tokens were several.
+    assert model.n == len(model.steps) * (N - 2)
+    assert not any(step._proofs for step in model.steps)
+    assert torch.equal(found.sequences, want.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
+    caches = [next(getattr(out, name) for name in CACHE_NAMES if hasattr(out, name)) for out in (found, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*map(held, caches), strict=True))
+
+
+def test_every_kind_is_tested(folder_of: Callable[[str], Path]) -> None:
+    names = {type(step._module).__name__ for kind in MODELS for step in Model(folder_of(kind), gate="all").steps}
+    assert names == set(KINDS)
+
+
+@pytest.fixture
+def opt(folder_of: Callable[[str], Path]) -> tuple[Model, torch.Tensor]:
+    """A model, and the tokens that it gives after the 9 of IDS."""
+    folder = folder_of("opt")
+    return Model(folder, gate="all"), greedy(stock(folder, gate="all"), IDS, N)
+
+
+def test_several_sequences_and_padding_go_the_stock_way(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    assert torch.equal(model.tokens(IDS.repeat(2, 1)), want.repeat(2, 1))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    model.flash.generate(padded, attention_mask=mask, max_new_tokens=N, do_sample=False)
+    assert model.n == 0
+
+
+def test_eager_attention_and_gradients_go_the_stock_way(opt: tuple[Model, torch.Tensor]) -> None:
+    model, _ = opt
+    cache = DynamicCache(config=model.flash.config)
+    for part in IDS.split([6, 1, 1, 1], 1):
+        model.flash(part, use_cache=True, **{CACHE: cache})  # gradients are on
+    assert model.n == 0
+    model.flash.set_attn_implementation("eager")
+    assert model.tokens().shape == (1, 9 + N) and model.n == 0
+
+
+def test_a_function_that_was_registered_since_is_used(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    calls = []
+
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return attention.forward(*args, **kwargs)
+
+    AttentionInterface.register("sdpa", mine)
+    try:
+        assert torch.equal(model.tokens(), want) and calls and model.n == 0
+    finally:
+        AttentionInterface.register("sdpa", attention.forward)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_on_a_projection_are_called(opt: tuple[Model, torch.Tensor], when: str) -> None:
+    model, want = opt
+    seen = []
+    part = model.steps[1]._modules["k_proj"]
+    assert part is not None
+    register = part.register_forward_hook if when == "after" else part.register_forward_pre_hook
+    handle = register(lambda *args: seen.append(1))
+    assert torch.equal(model.tokens(), want) and len(seen) == N
+    assert model.n == (len(model.steps) - 1) * (N - 2)
+    handle.remove()
+    assert torch.equal(model.tokens(), want) and len(seen) == N
+    assert model.n == (2 * len(model.steps) - 1) * (N - 2)
+
+
+def test_a_projection_that_was_exchanged_is_used(opt: tuple[Model, torch.Tensor]) -> None:
+    """As adapters do it."""
+    model, want = opt
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.base, self.calls = base, 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.base(x)
+
+    module: Any = model.steps[0]._module
+    module.q_proj = wrapped = Wrapped(module.q_proj)
+    assert torch.equal(model.tokens(), want) and wrapped.calls == N
+
+
+def test_a_bias_that_changed_counts(opt: tuple[Model, torch.Tensor]) -> None:
+    model, _ = opt
+    model.tokens()
+    for name, part in model.flash.named_modules():
+        if isinstance(part, PackedLinear) and "self_attn" in name:
+            part.bias.data = torch.full_like(part.bias, 0.25)
+    found = generate(model.flash)
+    for module in model.flash.modules():
+        vars(module).pop("forward", None)
+    want = generate(model.flash)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
+
+
+def test_a_cache_that_was_cut_goes_on(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    cache = DynamicCache(config=model.flash.config)
+    with torch.no_grad():
+        for part in (want[:, :9], *want[:, 9:15].split(1, 1)):
+            model.flash(part, use_cache=True, **{CACHE: cache})
+        n = model.n
+        cache.crop(11 - 15)
+        for i in range(11, 9 + N - 1):
+            logits = model.flash(want[:, i : i + 1], use_cache=True, **{CACHE: cache}).logits
+            assert int(logits[0, -1].argmax()) == int(want[0, i + 1])
+    assert model.n > n > 0
+
+
+def test_a_copy_has_its_own(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    other = copy.deepcopy(model.flash)
+    theirs = steps_of(other)
+    modules = set(map(id, other.modules()))
+    assert len(theirs) == len(model.steps) and all(id(step._module) in modules for step in theirs)
+    assert torch.equal(greedy(other, IDS, N), want) and model.n == 0
+    assert all(step._can and not step._proofs for step in theirs)
+
+
+def test_threads_of_a_server(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: model.tokens(), range(12)))
+    assert all(torch.equal(tokens, want) for tokens in found) and model.n > 0
+
+
+def test_another_forward_is_noticed(
+    folder_of: Callable[[str], Path], opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transformers that computes otherwise one day: its own results, and the kernel is asked no more."""
+    true = modeling_opt.OPTAttention.forward
+
+    def otherwise(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        out, weights = true(self, hidden_states, **kwargs)
+        return out * 1.5, weights
+
+    monkeypatch.setattr(modeling_opt.OPTAttention, "forward", otherwise)
+    model = Model(folder_of("opt"), gate="all")
+    want = greedy(stock(folder_of("opt"), gate="all"), IDS, N)
+    assert torch.equal(model.tokens(), want) and not torch.equal(want, opt[1])
+    assert model.n == len(model.steps) and not any(step._can for step in model.steps)
+
+
+def test_other_threads_are_another_proof(opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, want = opt
+    model.tokens()
+    assert not any(step._proofs for step in model.steps)
+    n = torch.get_num_threads()
+    torch.set_num_threads(3 - n if n < 3 else 1)
+    try:
+        with torch.no_grad():
+            assert torch.equal(model.tokens(), want)
+        assert all(step._n_threads == torch.get_num_threads() for step in model.steps)
+    finally:
+        torch.set_num_threads(n)
+
+
+def test_its_signature_is_the_stock_ones(opt: tuple[Model, torch.Tensor]) -> None:
+    """transformers and peft look what a forward takes."""
+    step = opt[0].steps[0]
+    assert inspect.signature(step) == inspect.signature(step._stock)
+
+
+def test_modules_of_other_kinds_keep_theirs() -> None:
+    assert not any(AttentionStep.can(module) for module in tiny_opt().modules())  # nothing is packed
