@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import attention, attention_step, early, kv, lookahead
+from hf_flash import attention, attention_step, early, kv, layer_step, lookahead
 from hf_flash.balance import Balance
 from hf_flash.budget import Demand, Layer, Matrix, Plan, make_plan, settle
 from hf_flash.cache import NeuronCache
@@ -443,6 +443,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     _watch_kv(model, runtime, None if config.without else stream)
     attention.install(model)
     attention_step.install(model)
+    layer_step.install(model)
     for path, embedding in runtime.tied.items():
         head, looked_up = model.get_submodule(path), model.get_submodule(embedding)
         if isinstance(looked_up, PackedEmbedding) and isinstance(head, PackedLinear):

@@ -31,7 +31,8 @@ from hf_flash.resident import TightMatrix
 logger = logging.get_logger(__name__)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_PROOFS = 2  # tokens that go both ways
+_PROOFS = 1  # tokens that go both ways
+NO_WATCHER = "_hf_flash_no_watcher"  # mark of a hook that need not be called
 _GLOBAL_HOOKS = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
 
 
@@ -57,6 +58,9 @@ KINDS = {
 }
 # What a forward may be called with besides, as it changes nothing here; of any other name, nothing but None and False.
 _NO_MATTER = {"position_embeddings", "position_ids", "cache_position", "use_cache"}
+
+
+Begun = tuple[GrowingLayer, tuple[int | None, ...]]
 
 
 class _Projection(ctypes.Structure):
@@ -88,9 +92,10 @@ class AttentionStep:
         self._names = ("q_proj", "k_proj", "v_proj", kind.out)
         self._modules: dict[str, nn.Module | None] = {}  # the module's own
         self._parts: tuple[PackedLinear, ...] = ()
-        self._proofs = _PROOFS  # that are missing
+        self.proofs_left = _PROOFS
         self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
         self._s: _Step | None = None  # made once: another thread may be using it
+        self.address: int | None = None  # of that
         self._stock = type(module).forward.__get__(module)
         functools.update_wrapper(self, self._stock)
 
@@ -106,21 +111,31 @@ class AttentionStep:
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
-        layer = None if args else self._layer(hidden_states, kwargs)
-        row = None if layer is None else layer.next_row(self._shape, torch.bfloat16)
-        biases = None if row is None else self._biases()
-        if layer is None or row is None or biases is None:
+        begun = None if args else self.begin(hidden_states, kwargs)
+        if begun is None:
             return self._stock(hidden_states, *args, **kwargs)
+        layer, where = begun
         out = torch.empty_like(hidden_states)
-        cos, sin = kwargs["position_embeddings"] if self._kind.rotary else (None, None)
-        self._run(
-            self._address, hidden_states.data_ptr(), native.pointer(cos), native.pointer(sin), *row, *biases,
-            out.data_ptr(),
-        )  # fmt: skip
-        if self._proofs:
+        self._run(self.address, hidden_states.data_ptr(), *where, out.data_ptr())
+        if self.proofs_left:
             return self._prove(layer, out, hidden_states, kwargs)
         layer.took_row()
         return out, None
+
+    def begin(self, x: Any, kwargs: dict[str, Any]) -> Begun | None:
+        """Find out where everything is, if a call with these arguments is a plain token's.
+
+        Returns:
+            The layer of the cache, whose `took_row` follows, and what the native call is told between the token and its
+            result: cos, sin, row of the cache, biases. None where the stock forward is to be called.
+        """
+        layer = self._layer(x, kwargs)
+        row = None if layer is None else layer.next_row(self._shape, torch.bfloat16)
+        biases = None if row is None else self._biases()
+        if layer is None or row is None or biases is None:
+            return None
+        cos, sin = kwargs["position_embeddings"] if self._kind.rotary else (None, None)
+        return layer, (native.pointer(cos), native.pointer(sin), *row, *biases)
 
     def _layer(self, x: Any, kwargs: dict[str, Any]) -> GrowingLayer | None:
         """The layer of the cache that one plain token is to be added to; None for everything else."""
@@ -157,28 +172,30 @@ class AttentionStep:
         out = []
         for name, known in zip(self._names, self._parts, strict=True):
             part: Any = self._modules[name]
-            if part is not known or part._forward_hooks or part._forward_pre_hooks:
+            if part is not known or is_watched(part):
                 return None
             bias = part._parameters["bias"]
             if bias is not None and bias.dtype is not torch.bfloat16:
                 return None
             out.append(None if bias is None else bias.data_ptr())
-        return None if any(_GLOBAL_HOOKS) else out
+        return out
 
     def _prepare(self) -> None:
         """Find out whether the kernels can be had, with as many threads as there are now."""
         self._n_threads, self._can = torch.get_num_threads(), False
-        if self._s is None and not self._describe():
+        if not self.describe():
             return
         s = self._s
         assert s is not None
         can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
         if s.exact:
             can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts)
-        self._proofs, self._can = _PROOFS, can
+        self.proofs_left, self._can = _PROOFS, can
 
-    def _describe(self) -> bool:
-        """Tell native code of the module; False where it is none for it."""
+    def describe(self) -> bool:
+        """Tell native code of the module, once; False where it is none for it."""
+        if self._s is not None:
+            return True
         module: Any = self._module
         parts: list[Any] = [module._modules[name] for name in self._names]
         if not (tight.available() and all(type(part) is PackedLinear for part in parts)):
@@ -195,7 +212,7 @@ class AttentionStep:
         scales = (1.0, module.scaling) if self._kind.rotary else (module.scaling, 1.0)
         matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
         self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
-        self._address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
+        self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
         self._parts, self._modules, self._index = tuple(parts), module._modules, module.layer_idx
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
         return True
@@ -206,7 +223,7 @@ class AttentionStep:
         result = self._stock(x, **kwargs)
         theirs = [result[0], *(held[:, :, -1] for held in (layer.keys, layer.values) if held is not None)]
         if all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
-            self._proofs -= 1
+            self.proofs_left -= 1
         else:
             self._can = False  # until the number of threads changes
             logger.info_once(
@@ -217,6 +234,19 @@ class AttentionStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
         return AttentionStep(copy.deepcopy(self._module, memo))
+
+
+def is_watched(module: Any, forward: Any = None) -> bool:
+    """Whether somebody wants to be told when a module is called, or has put another forward in the place of its own.
+
+    profile.py need not be told: a trace says the same.
+    """
+    if module.__dict__.get("forward") is not forward:
+        return True
+    for watchers in (module._forward_hooks, module._forward_pre_hooks):
+        if watchers and not all(hasattr(watcher, NO_WATCHER) for watcher in watchers.values()):
+            return True
+    return any(_GLOBAL_HOOKS)
 
 
 def install(model: nn.Module) -> None:

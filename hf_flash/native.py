@@ -82,6 +82,16 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_gate.argtypes = [
         _P, _I, _I, _I, *[_P] * 9, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
     ]  # fmt: skip
+    lib.hf_flash_layer_step.restype = None
+    lib.hf_flash_layer_step.argtypes = [*[_P] * 10, _I, _I, *[_P] * 6]
+    lib.hf_flash_layer_step_bytes.restype = _I
+    lib.hf_flash_layer_step_bytes.argtypes = []
+    lib.hf_flash_norms.restype = _N
+    lib.hf_flash_norms.argtypes = []
+    lib.hf_flash_norm_scale.restype = None
+    lib.hf_flash_norm_scale.argtypes = [_P, _I, _N, _F, _P, _P]
+    lib.hf_flash_norm.restype = None
+    lib.hf_flash_norm.argtypes = [_P, _I, _P, _P, _F, _P]
     lib.hf_flash_step.restype = _N
     lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N]
     lib.hf_flash_step_bytes.restype = _I

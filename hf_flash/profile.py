@@ -24,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from hf_flash import trace
+from hf_flash.attention_step import NO_WATCHER
 from hf_flash.errors import FlashConfigError, FlashError
 from hf_flash.ffn import FlashFFN
 from hf_flash.format import atomic_text, explain_full_disk
@@ -217,6 +218,8 @@ def _hooks(recorder: Recorder, name: str, path: str) -> tuple[Callable[..., None
         start, details = started.pop(threading.get_ident(), (stop, {}))
         recorder.add(name, start, stop, path, **details)
 
+    for hook in (before, after):
+        setattr(hook, NO_WATCHER, True)
     return before, after
 
 

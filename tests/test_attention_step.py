@@ -4,139 +4,60 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_e2e import greedy, load, packing_plan
-from helpers_hub import VOCAB, save_stock, tiny_llama, tiny_opt
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from helpers_e2e import greedy
+from helpers_hub import tiny_opt
+from helpers_steps import CACHE, HERE, IDS, MODELS, Folders, Model, N, generate, held, steps_of, stock
+from transformers import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.opt import modeling_opt
 
-import hf_flash
-from hf_flash import attention, native, tight
+from hf_flash import attention
 from hf_flash.attention_step import KINDS, AttentionStep
 from hf_flash.kv import CACHE_NAMES
 from hf_flash.linear import PackedLinear
 
-LIB = native.library()
-HERE = LIB is not None and bool(LIB.hf_flash_attention()) and attention.agrees(4, 4, 32) and tight.available()
 pytestmark = pytest.mark.skipif(not HERE, reason="no AVX512-VBMI2, or torch sums in another order here")
-IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
-N = 12
-CACHE = next(n for n in CACHE_NAMES if n in inspect.signature(modeling_opt.OPTForCausalLM.forward).parameters)
-
-
-def tiny(kind: str) -> PreTrainedModel:
-    """Two layers of a family that has no builder of its own."""
-    sizes = {
-        "vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "sliding_window": None,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
-    }  # fmt: skip
-    torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
-
-
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "opt": lambda: tiny_opt(hidden_size=128, word_embed_proj_dim=128),
-    "llama": lambda: tiny_llama("silu", hidden_size=128, attention_bias=True),
-    **{kind: lambda kind=kind: tiny(kind) for kind in ("mistral", "qwen2", "gemma", "granite", "starcoder2")},
-}
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Where a family's flash checkpoint lies; made when it is first asked for."""
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            folder = tmp_path_factory.mktemp(kind)
-            save_stock(folder / "stock", MODELS[kind]().bfloat16())
-            made[kind] = hf_flash.repack(folder / "stock", folder / "flash", pack=True, progress=False)
-        return made[kind]
-
-    return get
-
-
-def steps_of(model: PreTrainedModel) -> list[AttentionStep]:
-    found = [vars(module).get("forward") for module in model.modules()]
-    return [step for step in found if isinstance(step, AttentionStep)]
-
-
-class Model:
-    """A model from flash whose matrices are packed, and the calls that its attentions make."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        with packing_plan():
-            self.flash = load(folder, **options)
-        self.steps, self.n = steps_of(self.flash), 0
-        assert len(self.steps) == self.flash.config.num_hidden_layers
-        for step in self.steps:
-            step._prepare()
-            assert step._can
-            step._run = self._counted(step._run)
-
-    def _counted(self, true: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any) -> None:
-            self.n += 1
-            true(*args)
-
-        return run
-
-    def tokens(self, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
-        return greedy(self.flash, ids, N, **options)
-
-
-def stock(folder: Path, **options: Any) -> PreTrainedModel:
-    """The same model, its attentions as transformers has them."""
-    with packing_plan():
-        model = load(folder, **options)
-    for module in model.modules():
-        vars(module).pop("forward", None)
-    return model
-
-
-def held(cache: Any) -> Iterator[torch.Tensor]:
-    for layer in cache.layers:
-        yield from (layer.keys, layer.values)
-
-
-def generate(model: PreTrainedModel, n: int = N) -> Any:
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    return model.generate(IDS, max_new_tokens=n, min_new_tokens=n, **options)
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("kind", MODELS)
-def test_it_has_the_modules_bits(folder_of: Callable[[str], Path], kind: str, exact: bool) -> None:
+def test_it_has_the_modules_bits(folder_of: Folders, kind: str, exact: bool) -> None:
     folder, options = folder_of(kind), {"gate": "all", "exact": exact}
-    model = Model(folder, **options)
+    model = Model(folder, AttentionStep, **options)
     found, want = generate(model.flash), generate(stock(folder, **options))
     # The first token is the prompt's; the second finds a cache whose last tokens were several.
     assert model.n == len(model.steps) * (N - 2)
-    assert not any(step._proofs for step in model.steps)
+    assert not any(step.proofs_left for step in model.steps)
     assert torch.equal(found.sequences, want.sequences)
     assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
     caches = [next(getattr(out, name) for name in CACHE_NAMES if hasattr(out, name)) for out in (found, want)]
     assert all(torch.equal(a, b) for a, b in zip(*map(held, caches), strict=True))
 
 
-def test_every_kind_is_tested(folder_of: Callable[[str], Path]) -> None:
-    names = {type(step._module).__name__ for kind in MODELS for step in Model(folder_of(kind), gate="all").steps}
+def test_every_kind_is_tested(folder_of: Folders) -> None:
+    names = {
+        type(step._module).__name__
+        for kind in MODELS
+        for step in Model(folder_of(kind), AttentionStep, gate="all").steps
+    }
     assert names == set(KINDS)
 
 
 @pytest.fixture
-def opt(folder_of: Callable[[str], Path]) -> tuple[Model, torch.Tensor]:
+def opt(folder_of: Folders) -> tuple[Model, torch.Tensor]:
     """A model, and the tokens that it gives after the 9 of IDS."""
     folder = folder_of("opt")
-    return Model(folder, gate="all"), greedy(stock(folder, gate="all"), IDS, N)
+    return Model(folder, AttentionStep, gate="all"), greedy(stock(folder, gate="all"), IDS, N)
 
 
 def test_several_sequences_and_padding_go_the_stock_way(opt: tuple[Model, torch.Tensor]) -> None:
@@ -241,7 +162,7 @@ def test_a_copy_has_its_own(opt: tuple[Model, torch.Tensor]) -> None:
     modules = set(map(id, other.modules()))
     assert len(theirs) == len(model.steps) and all(id(step._module) in modules for step in theirs)
     assert torch.equal(greedy(other, IDS, N), want) and model.n == 0
-    assert all(step._can and not step._proofs for step in theirs)
+    assert all(step._can and not step.proofs_left for step in theirs)
 
 
 def test_threads_of_a_server(opt: tuple[Model, torch.Tensor]) -> None:
@@ -252,7 +173,7 @@ def test_threads_of_a_server(opt: tuple[Model, torch.Tensor]) -> None:
 
 
 def test_another_forward_is_noticed(
-    folder_of: Callable[[str], Path], opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A transformers that computes otherwise one day: its own results, and the kernel is asked no more."""
     true = modeling_opt.OPTAttention.forward
@@ -262,7 +183,7 @@ def test_another_forward_is_noticed(
         return out * 1.5, weights
 
     monkeypatch.setattr(modeling_opt.OPTAttention, "forward", otherwise)
-    model = Model(folder_of("opt"), gate="all")
+    model = Model(folder_of("opt"), AttentionStep, gate="all")
     want = greedy(stock(folder_of("opt"), gate="all"), IDS, N)
     assert torch.equal(model.tokens(), want) and not torch.equal(want, opt[1])
     assert model.n == len(model.steps) and not any(step._can for step in model.steps)
@@ -271,7 +192,7 @@ def test_another_forward_is_noticed(
 def test_other_threads_are_another_proof(opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, want = opt
     model.tokens()
-    assert not any(step._proofs for step in model.steps)
+    assert not any(step.proofs_left for step in model.steps)
     n = torch.get_num_threads()
     torch.set_num_threads(3 - n if n < 3 else 1)
     try:

@@ -17,6 +17,7 @@ static inline double now() {  // seconds
 }
 
 struct AttentionStep;
+struct LayerStep;
 struct Step;
 struct Stream;
 struct Sum;
@@ -28,6 +29,12 @@ void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, in
 void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
                              uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n, const uint16_t *q_bias,
                              const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out);
+void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const uint16_t *bias, float eps, uint16_t *out);
+void hf_flash_layer_step(LayerStep *s, const uint16_t *x, const uint16_t *first_weight, const uint16_t *first_bias,
+                         const uint16_t *second_weight, const uint16_t *second_bias, const uint16_t *cos,
+                         const uint16_t *sin, uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n,
+                         const uint16_t *q_bias, const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias,
+                         uint16_t *y, uint16_t *z);
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,

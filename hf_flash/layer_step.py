@@ -1,0 +1,194 @@
+"""One token through a decoder layer as far as its FFN in one native call: norm, attention, sum, norm.
+
+What attention_step.py does for an attention, for the layers of models that add an FFN to an attention and norm before
+each. The FFN stays a module (FlashFFN), and what stands behind it in the layer does nothing to a decoded token. Nothing
+relies on how transformers spells a layer now: each one's first token goes both ways.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_flash import native, norms, trace
+from hf_flash.attention_step import AttentionStep, is_watched
+from hf_flash.ffn import FlashFFN
+from hf_flash.kv import GrowingLayer
+
+logger = logging.get_logger(__name__)
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class of layers calls its parts; the attention is `self_attn`.
+
+    Attributes:
+        norms: before the attention, and before the FFN.
+        ffn: the FFN. idle: what runs behind it and has nothing left to do.
+    """
+
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    ffn: str = "mlp"
+    idle: tuple[str, ...] = ()
+
+
+KINDS = {
+    "OPTDecoderLayer": Kind(("self_attn_layer_norm", "final_layer_norm"), "fc1", ("activation_fn", "fc2")),
+    **{f"{name}DecoderLayer": Kind() for name in ("Llama", "Mistral", "Qwen2", "Starcoder2")},
+}
+RMS_NORMS = {f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2")}
+
+
+class _Step(ctypes.Structure):
+    """The fields of _native/layer_step.cpp, in its order."""
+
+    _fields_ = [("attention", _P), ("d", _I), ("first_eps", _F), ("second_eps", _F)]
+
+
+class LayerStep:
+    """The forward of one decoder layer.
+
+    Args:
+        layer: of a class in KINDS, whose attention has an AttentionStep.
+        path: its name in the model, for a trace.
+    """
+
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self._layer, self._path, self._kind = layer, path, KINDS[type(layer).__name__]
+        self._stock = type(layer).forward.__get__(layer)
+        self._modules: dict[str, Any] = {}  # the layer's own
+        self._norms: list[Any] = []
+        self._refused, self._proven = False, False
+        self._s: _Step | None = None  # made once: another thread may be using it
+        functools.update_wrapper(self, self._stock)
+
+    @staticmethod
+    def can(layer: nn.Module) -> bool:
+        """Whether a layer may have such a forward."""
+        kind = KINDS.get(type(layer).__name__)
+        if kind is None or not type(layer).__module__.startswith("transformers.") or "forward" in vars(layer):
+            return False
+        parts = dict(layer.named_children())
+        if set(parts) != {"self_attn", *kind.norms, kind.ffn, *kind.idle}:
+            return False
+        if not isinstance(vars(parts["self_attn"]).get("forward"), AttentionStep):
+            return False
+        return type(parts[kind.ffn]) is FlashFFN and all(_eps_of(parts[name]) is not None for name in kind.norms)
+
+    def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the stock forward."""
+        attention = self._attention(hidden_states) if not args else None
+        begun = None if attention is None else attention.begin(hidden_states, kwargs)
+        weights = None if begun is None else self._weights()
+        if begun is None or weights is None:
+            return self._stock(hidden_states, *args, **kwargs)
+        y, z = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
+        t0 = 0.0 if trace.active is None else time.perf_counter()
+        layer, where = begun
+        self._run(self._address, hidden_states.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr())
+        if not self._proven or self._step.proofs_left:
+            return self._prove(layer, y, z, hidden_states, kwargs)
+        layer.took_row()
+        if t0 and trace.active is not None:
+            trace.active.add(trace.ATTENTION, t0, time.perf_counter(), self._path)
+        return y.add_(self._modules[self._kind.ffn](z))
+
+    def _attention(self, x: Any) -> AttentionStep | None:
+        """The attention's step, if this is not to go the stock way."""
+        if self._refused or not self.describe():
+            return None
+        return None if self._layer.training or x is None or x.shape != self._x_shape else self._step
+
+    def _weights(self) -> list[int | None] | None:
+        """Addresses of both norms' weights and biases; None where something is not what it was, or is watched."""
+        for name, part, forward in self._parts:
+            if self._modules[name] is not part or is_watched(part, forward):
+                return None
+        out: list[int | None] = []
+        for norm in self._norms:
+            for given in (norm._parameters["weight"], norm._parameters.get("bias")):
+                if given is not None and given.dtype is not _BF16:
+                    return None
+                out.append(None if given is None else given.data_ptr())
+        return out
+
+    def describe(self) -> bool:
+        """Tell native code of the layer, once; False where it is none for it."""
+        if self._s is not None:
+            return True
+        self._modules, kind = self._layer._modules, self._kind
+        self._norms = [self._modules[name] for name in kind.norms]
+        step = vars(self._modules["self_attn"]).get("forward")
+        d = self._norms[0].weight.numel()
+        agree = all(norms.agrees(d, type(norm) is nn.LayerNorm) for norm in self._norms)
+        if not isinstance(step, AttentionStep) or not step.describe() or not agree:
+            self._refused = True
+            return False
+        self._step = step
+        lib: Any = native.library()
+        assert lib.hf_flash_layer_step_bytes() == ctypes.sizeof(_Step)
+        others = [(name, self._modules[name], None) for name in (*kind.norms, *kind.idle)]
+        self._parts = [("self_attn", self._modules["self_attn"], step), *others]
+        self._run, self._x_shape = lib.hf_flash_layer_step, (1, 1, d)
+        self._s = _Step(step.address, d, *[_eps_of(norm) for norm in self._norms])
+        self._address = ctypes.addressof(self._s)
+        return True
+
+    def _prove(self, layer: GrowingLayer, y: torch.Tensor, z: torch.Tensor, x: torch.Tensor, kwargs: Any) -> Any:
+        """The stock forward's result; what the kernel made of the same token has to be the same."""
+        rows, seen, me = [row.clone() for row in layer.written()], [], threading.get_ident()
+
+        def see(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            if threading.get_ident() == me:
+                seen.append((args[0].clone(), out.clone()))
+
+        ffn: Any = self._modules[self._kind.ffn]
+        handle = ffn.register_forward_hook(see)
+        try:
+            result = self._stock(x, **kwargs)
+        finally:
+            handle.remove()
+        mine, theirs = [z, *rows], [held[:, :, -1] for held in (layer.keys, layer.values) if held is not None]
+        if len(seen) == 1 and isinstance(result, torch.Tensor):
+            mine.append(y + seen[0][1].view_as(y))
+            theirs = [seen[0][0].view_as(z), *theirs, result]
+        if len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+            self._proven = True
+        else:
+            self._refused = True
+            logger.info_once(
+                f"hf_flash: {type(self._layer).__name__} does not compute as layer_step.py has it: its modules run one "
+                "by one."
+            )
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerStep:
+        return LayerStep(copy.deepcopy(self._layer, memo), self._path)
+
+
+def _eps_of(norm: nn.Module) -> float | None:
+    """What a norm adds to the variance; None for a norm of another kind."""
+    if type(norm) is nn.LayerNorm and norm.bias is not None:
+        return norm.eps
+    if type(norm).__name__ in RMS_NORMS and type(norm).__module__.startswith("transformers."):
+        return float(norm.variance_epsilon)  # type: ignore[arg-type]
+    return None
+
+
+def install(model: nn.Module) -> None:
+    """Give a model's layers such a forward, where they may have it; after attention_step.install."""
+    for path, module in model.named_modules():
+        if LayerStep.can(module):
+            module.forward = LayerStep(module, path)  # type: ignore[assignment]
