@@ -42,6 +42,7 @@ class GrowingLayer(DynamicLayer):
     # since, as from token to token, there is nothing to find out.
     _last: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None
     _where: tuple[Any, int, int] | None = None  # rooms, and where their first numbers lie
+    _next: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None  # what `_last` will be
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -56,9 +57,9 @@ class GrowingLayer(DynamicLayer):
         ):  # fmt: skip
             self.keys = _append(rooms[0], last[0], key_states)
             self.values = _append(rooms[1], last[1], value_states)
-            self._last = self.keys, self.values, last[2], last[3]
+            self._last, self._next = (self.keys, self.values, last[2], last[3]), None
             return self.keys, self.values
-        self._last = None
+        self._last = self._next = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -93,21 +94,27 @@ class GrowingLayer(DynamicLayer):
                 return None
             self._where = where = rooms, rooms[0].data_ptr(), rooms[1].data_ptr()
         n, room = last[0].shape[2], rooms[0].shape[2]
-        return None if n >= room else (where[1], where[2], room * shape[3], n)
+        if n >= room:
+            return None
+        self._next = rooms[0].narrow(2, 0, n + 1), rooms[1].narrow(2, 0, n + 1), last[2], last[3]
+        return where[1], where[2], room * shape[3], n
+
+    @property
+    def awaits_row(self) -> bool:
+        """Whether what `next_row` said still holds."""
+        last = self._last
+        return self._next is not None and last is not None and self.keys is last[0] and self.values is last[1]
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the row that `next_row` told of, [1, n_heads, head_dim] each; not held yet."""
-        assert self._last is not None and self._rooms is not None
-        n = self._last[0].shape[2]
-        return self._rooms[0][:, :, n], self._rooms[1][:, :, n]
+        assert self._next is not None
+        return self._next[0][:, :, -1], self._next[1][:, :, -1]
 
     def took_row(self) -> None:
         """Hold one token more: it has been written to where `next_row` said."""
-        last, rooms = self._last, self._rooms
-        assert last is not None and rooms is not None
-        n = last[0].shape[2] + 1
-        self.keys, self.values = rooms[0].narrow(2, 0, n), rooms[1].narrow(2, 0, n)
-        self._last = self.keys, self.values, last[2], last[3]
+        self._last, self._next = self._next, None
+        assert self._last is not None
+        self.keys, self.values = self._last[0], self._last[1]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the sequences in another order, where they lie: no plan has room for a copy of every layer."""
@@ -121,13 +128,13 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._rooms = self._last = self._where = None
+        self._rooms = self._last = self._where = self._next = None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens, not the room for more."""
         held = {name: t.clone() for name in ("keys", "values") if (t := getattr(self, name, None)) is not None}
-        return {**vars(self), "_rooms": None, "_last": None, "_where": None, **held}
+        return {**vars(self), "_rooms": None, "_last": None, "_where": None, "_next": None, **held}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,9 @@ import ctypes
 import functools
 import threading
 import time
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from hf_flash import native, norms, trace
 from hf_flash.attention_step import AttentionStep, is_watched
 from hf_flash.ffn import FlashFFN
-from hf_flash.kv import GrowingLayer
+from hf_flash.kv import CACHE_NAMES, GrowingLayer
 
 logger = logging.get_logger(__name__)
 
@@ -57,12 +58,38 @@ class _Step(ctypes.Structure):
     _fields_ = [("attention", _P), ("d", _I), ("first_eps", _F), ("second_eps", _F)]
 
 
+class _Call(NamedTuple):
+    """What one layer is going to do to a token. It keeps no cache alive: a pass may be left before its turn comes."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    z: torch.Tensor
+    arguments: tuple[int | None, ...]
+    layer: weakref.ref[GrowingLayer]
+    cache_name: str
+    cache: weakref.ref[Any]
+    turn: Any
+    n_kwargs: int
+
+    def holds(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the layer is called as the first one was, and its part of the cache is as it was then."""
+        layer = self.layer()
+        return (
+            layer is not None and layer.awaits_row and len(kwargs) == self.n_kwargs
+            and kwargs.get(self.cache_name) is self.cache() and kwargs.get("attention_mask") is None
+            and kwargs.get("position_embeddings") is self.turn
+        )  # fmt: skip
+
+
 class LayerStep:
     """The forward of one decoder layer.
 
     Args:
         layer: of a class in KINDS, whose attention has an AttentionStep.
         path: its name in the model, for a trace.
+
+    Attributes:
+        chain: the layers that follow each other and have such a forward. at: this one's place in it.
     """
 
     def __init__(self, layer: nn.Module, path: str) -> None:
@@ -72,6 +99,8 @@ class LayerStep:
         self._norms: list[Any] = []
         self._refused, self._proven = False, False
         self._s: _Step | None = None  # made once: another thread may be using it
+        self.chain, self.at = [self], 0
+        self._ready: _Call | None = None
         functools.update_wrapper(self, self._stock)
 
     @staticmethod
@@ -89,21 +118,50 @@ class LayerStep:
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
-        attention = self._attention(hidden_states) if not args else None
-        begun = None if attention is None else attention.begin(hidden_states, kwargs)
+        call, self._ready = self._ready, None
+        if call is not None and (call.x is not hidden_states or args or not call.holds(kwargs)):
+            call = None if args else self.prepare(hidden_states, kwargs)
+        elif call is None and not args:
+            call = self._prepare_all(hidden_states, kwargs)
+        layer = None if call is None else call.layer()
+        if call is None or layer is None:
+            return self._stock(hidden_states, *args, **kwargs)
+        begun = 0.0 if trace.active is None else time.perf_counter()
+        self._run(*call.arguments)
+        if not self.is_proven:
+            return self._prove(layer, call, kwargs)
+        layer.took_row()
+        if begun and trace.active is not None:
+            trace.active.add(trace.ATTENTION, begun, time.perf_counter(), self._path)
+        return call.y.add_(self._modules[self._kind.ffn](call.z))
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether a token went both ways, with as many threads as there are now."""
+        return self._proven and not self._step.proofs_left
+
+    def _prepare_all(self, x: Any, kwargs: dict[str, Any]) -> _Call | None:
+        """This layer's call, and those of the layers behind it: here the code for it is in the CPU's caches."""
+        first = call = self.prepare(x, kwargs)
+        step = self
+        while call is not None and step.is_proven and step.at + 1 < len(step.chain):
+            step = step.chain[step.at + 1]
+            step._ready = call = step.prepare(call.y, kwargs)
+        return first
+
+    def prepare(self, x: Any, kwargs: dict[str, Any]) -> _Call | None:
+        """Find out what native code is to be told, if a call with these arguments is a plain token's."""
+        attention = self._attention(x)
+        begun = None if attention is None else attention.begin(x, kwargs)
         weights = None if begun is None else self._weights()
         if begun is None or weights is None:
-            return self._stock(hidden_states, *args, **kwargs)
-        y, z = torch.empty_like(hidden_states), torch.empty_like(hidden_states)
-        t0 = 0.0 if trace.active is None else time.perf_counter()
+            return None
         layer, where = begun
-        self._run(self._address, hidden_states.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr())
-        if not self._proven or self._step.proofs_left:
-            return self._prove(layer, y, z, hidden_states, kwargs)
-        layer.took_row()
-        if t0 and trace.active is not None:
-            trace.active.add(trace.ATTENTION, t0, time.perf_counter(), self._path)
-        return y.add_(self._modules[self._kind.ffn](z))
+        y, z = torch.empty_like(x), torch.empty_like(x)
+        arguments = self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr()
+        name = CACHE_NAMES[0] if CACHE_NAMES[0] in kwargs else CACHE_NAMES[1]
+        turn = kwargs.get("position_embeddings")
+        return _Call(x, y, z, arguments, weakref.ref(layer), name, weakref.ref(kwargs[name]), turn, len(kwargs))
 
     def _attention(self, x: Any) -> AttentionStep | None:
         """The attention's step, if this is not to go the stock way."""
@@ -146,7 +204,7 @@ class LayerStep:
         self._address = ctypes.addressof(self._s)
         return True
 
-    def _prove(self, layer: GrowingLayer, y: torch.Tensor, z: torch.Tensor, x: torch.Tensor, kwargs: Any) -> Any:
+    def _prove(self, layer: GrowingLayer, call: _Call, kwargs: Any) -> Any:
         """The stock forward's result; what the kernel made of the same token has to be the same."""
         rows, seen, me = [row.clone() for row in layer.written()], [], threading.get_ident()
 
@@ -157,13 +215,13 @@ class LayerStep:
         ffn: Any = self._modules[self._kind.ffn]
         handle = ffn.register_forward_hook(see)
         try:
-            result = self._stock(x, **kwargs)
+            result = self._stock(call.x, **kwargs)
         finally:
             handle.remove()
-        mine, theirs = [z, *rows], [held[:, :, -1] for held in (layer.keys, layer.values) if held is not None]
+        mine, theirs = [call.z, *rows], [held[:, :, -1] for held in (layer.keys, layer.values) if held is not None]
         if len(seen) == 1 and isinstance(result, torch.Tensor):
-            mine.append(y + seen[0][1].view_as(y))
-            theirs = [seen[0][0].view_as(z), *theirs, result]
+            mine.append(call.y + seen[0][1].view_as(call.y))
+            theirs = [seen[0][0].view_as(call.z), *theirs, result]
         if len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
             self._proven = True
         else:
@@ -175,7 +233,11 @@ class LayerStep:
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerStep:
-        return LayerStep(copy.deepcopy(self._layer, memo), self._path)
+        layer = copy.deepcopy(self._layer, memo)
+        if id(self) not in memo:  # the layer has brought its own along
+            new = memo[id(self)] = LayerStep(layer, self._path)
+            new.chain, new.at = copy.deepcopy(self.chain, memo), self.at
+        return memo[id(self)]  # type: ignore[no-any-return]
 
 
 def _eps_of(norm: nn.Module) -> float | None:
@@ -189,6 +251,11 @@ def _eps_of(norm: nn.Module) -> float | None:
 
 def install(model: nn.Module) -> None:
     """Give a model's layers such a forward, where they may have it; after attention_step.install."""
+    chains: dict[int, list[LayerStep]] = {}  # by the module that has the layers
+    owner = {id(child): id(module) for module in model.modules() for child in module.children()}
     for path, module in model.named_modules():
         if LayerStep.can(module):
-            module.forward = LayerStep(module, path)  # type: ignore[assignment]
+            module.forward = step = LayerStep(module, path)  # type: ignore[assignment]
+            step.chain = chains.setdefault(owner[id(module)], [])
+            step.at = len(step.chain)
+            step.chain.append(step)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from helpers_e2e import greedy
-from helpers_steps import HERE, IDS, MODELS, Folders, Model, N, generate, held, steps_of, stock
+from helpers_steps import CACHE, HERE, IDS, MODELS, Folders, Model, N, generate, held, steps_of, stock
 from torch import nn
+from transformers import DynamicCache
 from transformers.models.opt import modeling_opt
 
 import hf_flash
@@ -174,6 +177,80 @@ def test_a_copy_has_its_own(opt: tuple[Model, torch.Tensor]) -> None:
     assert len(theirs) == len(model.steps) and all(id(step._layer) in modules for step in theirs)
     assert torch.equal(greedy(other, IDS, N), want) and model.n == 0
     assert all(step._proven for step in theirs)
+    assert [step.chain.index(step) for step in theirs] == [step.at for step in theirs] == list(range(len(theirs)))
+    assert all(step.chain == theirs for step in theirs)
+
+
+def test_a_deep_model_can_be_copied(folder_of: Folders, opt: tuple[Model, torch.Tensor]) -> None:
+    """Each layer names the others: copied one within the other, eighty of them would be too deep for Python."""
+    chain = opt[0].steps[0].chain
+    chain += [LayerStep(copy.deepcopy(step._layer), "") for step in chain * 60]
+    for at, step in enumerate(chain):
+        step.chain, step.at, step._layer.forward = chain, at, step
+    assert len(copy.deepcopy(chain[0]._layer).forward.chain) == len(chain) == 122
+
+
+def test_a_pass_that_was_left_keeps_no_cache(opt: tuple[Model, torch.Tensor]) -> None:
+    model, want = opt
+    model.tokens()
+    cache = DynamicCache(config=model.flash.config)
+    with torch.no_grad():
+        for part in IDS.split([6, 1, 1, 1], 1):
+            model.flash(part, use_cache=True, **{CACHE: cache})
+        handle = model.steps[0]._layer.register_forward_hook(_stop)
+        with pytest.raises(KeyboardInterrupt):
+            model.flash(want[:, 9:10], use_cache=True, **{CACHE: cache})
+        handle.remove()
+    assert model.steps[1]._ready is not None
+    alive = [weakref.ref(cache), *map(weakref.ref, cache.layers), *map(weakref.ref, held(cache))]
+    del cache
+    gc.collect()
+    assert not [one for one in alive if one() is not None]
+    assert torch.equal(model.tokens(), want)
+
+
+def _stop(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_result_that_a_hook_changed_is_used(opt: tuple[Model, torch.Tensor], folder_of: Folders) -> None:
+    model, want = opt
+    model.tokens()
+    n = model.n
+
+    def change(module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        return out * 1.25
+
+    other = stock(folder_of("opt"), gate="all")
+    for one in (model.flash, other):
+        one.get_submodule(model.steps[0]._path).register_forward_hook(change)
+    found = model.tokens()
+    assert torch.equal(found, greedy(other, IDS, N)) and not torch.equal(found, want)
+    assert model.n == n + len(model.steps) * (N - 2)
+
+
+def test_a_cache_that_was_touched_in_between_is_used_as_it_is(
+    opt: tuple[Model, torch.Tensor], folder_of: Folders
+) -> None:
+    """A hook of the first layer has the second one forget its first token."""
+    model, _ = opt
+    model.tokens()
+    other = stock(folder_of("opt"), gate="all")
+    logits = []
+    for one in (model.flash, other):
+        cache = DynamicCache(config=one.config)
+
+        def forget(*args: Any, cache: Any = cache) -> None:
+            layer = cache.layers[1]
+            layer.keys, layer.values = layer.keys[:, :, 1:], layer.values[:, :, 1:]
+
+        with torch.no_grad():
+            for part in IDS[:, :8].split([6, 1, 1], 1):
+                one(part, use_cache=True, **{CACHE: cache})
+            handle = one.get_submodule(model.steps[0]._path).register_forward_hook(forget)
+            logits.append([one(IDS[:, -1:], use_cache=True, **{CACHE: cache}).logits for _ in range(3)])
+            handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 
 def test_threads_of_a_server(opt: tuple[Model, torch.Tensor]) -> None:
