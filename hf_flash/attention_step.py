@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ logger = logging.get_logger(__name__)
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _PROOFS = 1  # tokens that go both ways
 NO_WATCHER = "_hf_flash_no_watcher"  # mark of a hook that need not be called
-_GLOBAL_HOOKS = (hooks._global_forward_hooks, hooks._global_forward_pre_hooks)
+_GLOBAL_HOOKS: list[Any] = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,51 @@ KINDS = {
 }
 # What a forward may be called with besides, as it changes nothing here; of any other name, nothing but None and False.
 _NO_MATTER = {"position_embeddings", "position_ids", "cache_position", "use_cache"}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A plain decoded token: what holds for every layer that it passes.
+
+    Attributes:
+        cache: of the model. turn: addresses of cos and sin, or None. config: of the model.
+    """
+
+    cache: DynamicCache
+    turn: tuple[int | None, int | None]
+    config: Any
+
+
+class Parts:
+    """Modules whose work a native call does in their place.
+
+    Args:
+        owner: the module that has them. names: of them, in it.
+        forwards: of those that are to have another forward than their class.
+    """
+
+    def __init__(self, owner: nn.Module, names: Sequence[str], forwards: Mapping[str, Any] | None = None) -> None:
+        self._modules = owner._modules
+        self.known: list[Any] = [(name, self._modules[name]) for name in names]
+        self._own = [(vars(part), (forwards or {}).get(name)) for name, part in self.known]
+        self._watchers = [
+            hooks for _, part in self.known for hooks in (part._forward_hooks, part._forward_pre_hooks)
+        ] + _GLOBAL_HOOKS
+
+    def are_plain(self) -> bool:
+        """Whether they are where they were, as they were, and nobody is to be told when one is called.
+
+        profile.py need not be told: a trace says the same.
+        """
+        for name, part in self.known:
+            if self._modules[name] is not part:
+                return False
+        for own, forward in self._own:
+            if own.get("forward") is not forward:
+                return False
+        return not any(self._watchers) or all(
+            hasattr(watcher, NO_WATCHER) for watchers in self._watchers for watcher in watchers.values()
+        )
 
 
 Begun = tuple[GrowingLayer, tuple[int | None, ...]]
@@ -90,8 +136,6 @@ class AttentionStep:
         self._module = module
         self._kind = kind = KINDS[type(module).__name__]
         self._names = ("q_proj", "k_proj", "v_proj", kind.out)
-        self._modules: dict[str, nn.Module | None] = {}  # the module's own
-        self._parts: tuple[PackedLinear, ...] = ()
         self.proofs_left = _PROOFS
         self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
         self._s: _Step | None = None  # made once: another thread may be using it
@@ -111,7 +155,8 @@ class AttentionStep:
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
-        begun = None if args else self.begin(hidden_states, kwargs)
+        token = None if args else self.token(hidden_states, kwargs)
+        begun = None if token is None else self.begin(token)
         if begun is None:
             return self._stock(hidden_states, *args, **kwargs)
         layer, where = begun
@@ -122,24 +167,9 @@ class AttentionStep:
         layer.took_row()
         return out, None
 
-    def begin(self, x: Any, kwargs: dict[str, Any]) -> Begun | None:
-        """Find out where everything is, if a call with these arguments is a plain token's.
-
-        Returns:
-            The layer of the cache, whose `took_row` follows, and what the native call is told between the token and its
-            result: cos, sin, row of the cache, biases. None where the stock forward is to be called.
-        """
-        layer = self._layer(x, kwargs)
-        row = None if layer is None else layer.next_row(self._shape, torch.bfloat16)
-        biases = None if row is None else self._biases()
-        if layer is None or row is None or biases is None:
-            return None
-        cos, sin = kwargs["position_embeddings"] if self._kind.rotary else (None, None)
-        return layer, (native.pointer(cos), native.pointer(sin), *row, *biases)
-
-    def _layer(self, x: Any, kwargs: dict[str, Any]) -> GrowingLayer | None:
-        """The layer of the cache that one plain token is to be added to; None for everything else."""
-        if is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self._module.training:
+    def token(self, x: Any, kwargs: dict[str, Any]) -> Token | None:
+        """What a call with these arguments is about, if it is a plain token; None for everything else."""
+        if is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         if torch.get_num_threads() != self._n_threads:
             self._prepare()
@@ -154,31 +184,44 @@ class AttentionStep:
         config: Any = self._module.config
         if config._attn_implementation != "sdpa" or ALL_ATTENTION_FUNCTIONS["sdpa"] is not attention.forward:
             return None
-        if self._kind.rotary and not self._can_rotate(kwargs.get("position_embeddings")):
+        if type(cache) is not DynamicCache or cache.offloading or not x.is_contiguous() or x.device.type != "cpu":
             return None
-        if type(cache) is not DynamicCache or cache.offloading or len(cache.layers) <= self._index:
+        if not self._kind.rotary:
+            return Token(cache, (None, None), config)
+        turn = kwargs.get("position_embeddings")
+        if not isinstance(turn, tuple) or not all(
+            t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in turn
+        ):
             return None
-        layer = cache.layers[self._index]
-        return layer if type(layer) is GrowingLayer and x.is_contiguous() and x.device.type == "cpu" else None
+        cos, sin = turn
+        return Token(cache, (cos.data_ptr(), sin.data_ptr()), config)
 
-    def _can_rotate(self, given: Any) -> bool:
-        """Whether the kernel takes these position embeddings, (cos, sin)."""
-        return isinstance(given, tuple) and all(
-            t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in given
-        )
+    def is_like(self, other: AttentionStep) -> bool:
+        """Whether a plain token for the other one is one for this, which has the same model."""
+        shapes = self._x_shape == other._x_shape and self._turn_shape == other._turn_shape
+        return shapes and self._kind == other._kind and self._module.config is other._module.config
 
-    def _biases(self) -> list[int | None] | None:
-        """Addresses of the projections' biases; None where those are not what they were, or someone watches them."""
-        out = []
-        for name, known in zip(self._names, self._parts, strict=True):
-            part: Any = self._modules[name]
-            if part is not known or is_watched(part):
-                return None
-            bias = part._parameters["bias"]
+    def begin(self, token: Token) -> Begun | None:
+        """Find out where everything is.
+
+        Returns:
+            The layer of the cache, whose `took_row` follows, and what the native call is told between the token and its
+            result: cos, sin, row of the cache, biases. None where the stock forward is to be called.
+        """
+        layers = token.cache.layers
+        layer = layers[self._index] if self._index < len(layers) else None
+        if not self._can or self._module.training or type(layer) is not GrowingLayer or not self._parts.are_plain():
+            return None
+        row = layer.next_row(self._shape, torch.bfloat16)
+        if row is None:
+            return None
+        biases = []
+        for parameters in self._parameters:
+            bias = parameters["bias"]
             if bias is not None and bias.dtype is not torch.bfloat16:
                 return None
-            out.append(None if bias is None else bias.data_ptr())
-        return out
+            biases.append(None if bias is None else bias.data_ptr())
+        return layer, (*token.turn, *row, *biases)
 
     def _prepare(self) -> None:
         """Find out whether the kernels can be had, with as many threads as there are now."""
@@ -189,7 +232,7 @@ class AttentionStep:
         assert s is not None
         can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
         if s.exact:
-            can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts)
+            can = can and all(ordered.agrees(part.out_features, part.in_features) for _, part in self._parts.known)
         self.proofs_left, self._can = _PROOFS, can
 
     def describe(self) -> bool:
@@ -213,7 +256,8 @@ class AttentionStep:
         matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
         self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
         self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
-        self._parts, self._modules, self._index = tuple(parts), module._modules, module.layer_idx
+        self._parts, self._parameters = Parts(module, self._names), [part._parameters for part in parts]
+        self._index, self.d_model = module.layer_idx, q.in_features
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
         return True
 
@@ -234,19 +278,6 @@ class AttentionStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
         return AttentionStep(copy.deepcopy(self._module, memo))
-
-
-def is_watched(module: Any, forward: Any = None) -> bool:
-    """Whether somebody wants to be told when a module is called, or has put another forward in the place of its own.
-
-    profile.py need not be told: a trace says the same.
-    """
-    if module.__dict__.get("forward") is not forward:
-        return True
-    for watchers in (module._forward_hooks, module._forward_pre_hooks):
-        if watchers and not all(hasattr(watcher, NO_WATCHER) for watcher in watchers.values()):
-            return True
-    return any(_GLOBAL_HOOKS)
 
 
 def install(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_flash import native, norms, trace
-from hf_flash.attention_step import AttentionStep, is_watched
+from hf_flash.attention_step import AttentionStep, Parts, Token
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import CACHE_NAMES, GrowingLayer
 
@@ -96,7 +96,6 @@ class LayerStep:
         self._layer, self._path, self._kind = layer, path, KINDS[type(layer).__name__]
         self._stock = type(layer).forward.__get__(layer)
         self._modules: dict[str, Any] = {}  # the layer's own
-        self._norms: list[Any] = []
         self._refused, self._proven = False, False
         self._s: _Step | None = None  # made once: another thread may be using it
         self.chain, self.at = [self], 0
@@ -118,11 +117,10 @@ class LayerStep:
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
+        entered = 0.0 if trace.active is None else time.perf_counter()
         call, self._ready = self._ready, None
-        if call is not None and (call.x is not hidden_states or args or not call.holds(kwargs)):
-            call = None if args else self.prepare(hidden_states, kwargs)
-        elif call is None and not args:
-            call = self._prepare_all(hidden_states, kwargs)
+        if call is None or call.x is not hidden_states or args or not call.holds(kwargs):
+            call = None if args else self._prepare_all(hidden_states, kwargs, alone=call is not None)
         layer = None if call is None else call.layer()
         if call is None or layer is None:
             return self._stock(hidden_states, *args, **kwargs)
@@ -132,7 +130,9 @@ class LayerStep:
             return self._prove(layer, call, kwargs)
         layer.took_row()
         if begun and trace.active is not None:
-            trace.active.add(trace.ATTENTION, begun, time.perf_counter(), self._path)
+            stop = time.perf_counter()
+            trace.active.add(trace.STEP, entered, stop, self._path)
+            trace.active.add(trace.ATTENTION, begun, stop, self._path)
         return call.y.add_(self._modules[self._kind.ffn](call.z))
 
     @property
@@ -140,67 +140,61 @@ class LayerStep:
         """Whether a token went both ways, with as many threads as there are now."""
         return self._proven and not self._step.proofs_left
 
-    def _prepare_all(self, x: Any, kwargs: dict[str, Any]) -> _Call | None:
-        """This layer's call, and those of the layers behind it: here the code for it is in the CPU's caches."""
-        first = call = self.prepare(x, kwargs)
+    def _prepare_all(self, x: Any, kwargs: dict[str, Any], alone: bool) -> _Call | None:
+        """This layer's call, and those of the layers behind it: here the code for it is in the CPU's caches.
+
+        Args:
+            alone: not of those behind it: they are prepared, or each layer is asked for something else.
+        """
+        if self._refused or not self.describe():
+            return None
+        token = self._step.token(x, kwargs)
+        first = call = None if token is None else self.prepare(x, token, kwargs)
         step = self
-        while call is not None and step.is_proven and step.at + 1 < len(step.chain):
+        while token is not None and call is not None and step.is_proven and step.at + 1 < len(step.chain) and not alone:
             step = step.chain[step.at + 1]
-            step._ready = call = step.prepare(call.y, kwargs)
+            known = not step._refused and step.describe() and step._step.is_like(self._step)
+            step._ready = call = step.prepare(call.y, token, kwargs) if known else None
         return first
 
-    def prepare(self, x: Any, kwargs: dict[str, Any]) -> _Call | None:
-        """Find out what native code is to be told, if a call with these arguments is a plain token's."""
-        attention = self._attention(x)
-        begun = None if attention is None else attention.begin(x, kwargs)
-        weights = None if begun is None else self._weights()
-        if begun is None or weights is None:
+    def prepare(self, x: torch.Tensor, token: Token, kwargs: dict[str, Any]) -> _Call | None:
+        """Find out what native code is to be told; None where the stock forward is to be called."""
+        if self._layer.training or not self._parts.are_plain():
+            return None
+        weights: list[int | None] = []
+        for parameters in self._parameters:
+            for given in (parameters["weight"], parameters.get("bias")):
+                if given is not None and given.dtype is not _BF16:
+                    return None
+                weights.append(None if given is None else given.data_ptr())
+        begun = self._step.begin(token)
+        if begun is None:
             return None
         layer, where = begun
         y, z = torch.empty_like(x), torch.empty_like(x)
         arguments = self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr()
         name = CACHE_NAMES[0] if CACHE_NAMES[0] in kwargs else CACHE_NAMES[1]
         turn = kwargs.get("position_embeddings")
-        return _Call(x, y, z, arguments, weakref.ref(layer), name, weakref.ref(kwargs[name]), turn, len(kwargs))
-
-    def _attention(self, x: Any) -> AttentionStep | None:
-        """The attention's step, if this is not to go the stock way."""
-        if self._refused or not self.describe():
-            return None
-        return None if self._layer.training or x is None or x.shape != self._x_shape else self._step
-
-    def _weights(self) -> list[int | None] | None:
-        """Addresses of both norms' weights and biases; None where something is not what it was, or is watched."""
-        for name, part, forward in self._parts:
-            if self._modules[name] is not part or is_watched(part, forward):
-                return None
-        out: list[int | None] = []
-        for norm in self._norms:
-            for given in (norm._parameters["weight"], norm._parameters.get("bias")):
-                if given is not None and given.dtype is not _BF16:
-                    return None
-                out.append(None if given is None else given.data_ptr())
-        return out
+        return _Call(x, y, z, arguments, weakref.ref(layer), name, weakref.ref(token.cache), turn, len(kwargs))
 
     def describe(self) -> bool:
         """Tell native code of the layer, once; False where it is none for it."""
         if self._s is not None:
             return True
         self._modules, kind = self._layer._modules, self._kind
-        self._norms = [self._modules[name] for name in kind.norms]
+        found: list[Any] = [self._modules[name] for name in kind.norms]
         step = vars(self._modules["self_attn"]).get("forward")
-        d = self._norms[0].weight.numel()
-        agree = all(norms.agrees(d, type(norm) is nn.LayerNorm) for norm in self._norms)
-        if not isinstance(step, AttentionStep) or not step.describe() or not agree:
+        d = found[0].weight.numel()
+        agree = all(norm.weight.numel() == d and norms.agrees(d, type(norm) is nn.LayerNorm) for norm in found)
+        if not (agree and isinstance(step, AttentionStep) and step.describe() and step.d_model == d):
             self._refused = True
             return False
-        self._step = step
         lib: Any = native.library()
         assert lib.hf_flash_layer_step_bytes() == ctypes.sizeof(_Step)
-        others = [(name, self._modules[name], None) for name in (*kind.norms, *kind.idle)]
-        self._parts = [("self_attn", self._modules["self_attn"], step), *others]
-        self._run, self._x_shape = lib.hf_flash_layer_step, (1, 1, d)
-        self._s = _Step(step.address, d, *[_eps_of(norm) for norm in self._norms])
+        self._step, self._run = step, lib.hf_flash_layer_step
+        self._parts = Parts(self._layer, ("self_attn", *kind.norms, *kind.idle), {"self_attn": step})
+        self._parameters = [norm._parameters for norm in found]
+        self._s = _Step(step.address, d, *[_eps_of(norm) for norm in found])
         self._address = ctypes.addressof(self._s)
         return True
 

@@ -39,7 +39,7 @@ _ROWS = {
     REST: (trace.FORWARD, trace.LAYER, trace.NORM, trace.EMBEDDING),
     "FFN: gate scan": (trace.GATE_SCAN,),
     "FFN: arithmetic": (trace.ARITHMETIC,),
-    PYTHON: (trace.FFN, trace.GATE),
+    PYTHON: (trace.FFN, trace.GATE, trace.STEP),
     "submitting reads": (trace.SUBMIT, trace.STREAM),
     "waiting for flash": (trace.WAIT,),
     "head": (trace.HEAD,),
@@ -58,8 +58,9 @@ class Breakdown:
         token_s: mean seconds of a token. median_s: the median.
         rows: what -> mean seconds per token; they sum to `token_s`.
         read_bytes: bytes per token whose reads were started during it.
-        python_s: mean seconds per token and FFN layer inside FlashFFN.forward, outside native kernels and matrix
-            products, gate scans, the submission of reads and waits.
+        python_s: mean seconds per token and FFN layer inside FlashFFN.forward, and in what layer_step.py does in the
+            place of a layer's modules, outside native kernels and matrix products, gate scans, the submission of reads
+            and waits.
     """
 
     n_tokens: int

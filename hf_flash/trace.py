@@ -22,6 +22,7 @@ FLASH = 0  # the track of reads; threads have their idents, which are not 0
 
 # What spans are called. Whoever times a new thing may use a new name: it gets a row of its own in the table.
 FORWARD, LAYER, ATTENTION, NORM, EMBEDDING, HEAD = "forward", "layer", "attention", "norm", "embedding", "head"
+STEP = "layer step"
 FFN, GATE, GATE_SCAN, EARLY, ARITHMETIC = "ffn", "gate", "gate scan", "early gate", "arithmetic"
 WAIT, SUBMIT, READ, STREAM = "wait for flash", "submit reads", "read", "stream"
 

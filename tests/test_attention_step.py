@@ -99,8 +99,7 @@ def test_a_function_that_was_registered_since_is_used(opt: tuple[Model, torch.Te
 def test_hooks_on_a_projection_are_called(opt: tuple[Model, torch.Tensor], when: str) -> None:
     model, want = opt
     seen = []
-    part = model.steps[1]._modules["k_proj"]
-    assert part is not None
+    part = model.steps[1]._module.get_submodule("k_proj")
     register = part.register_forward_hook if when == "after" else part.register_forward_pre_hook
     handle = register(lambda *args: seen.append(1))
     assert torch.equal(model.tokens(), want) and len(seen) == N
