@@ -91,19 +91,14 @@ class Parts:
         ] + _GLOBAL_HOOKS
 
     def are_plain(self) -> bool:
-        """Whether they are where they were, as they were, and nobody is to be told when one is called.
-
-        profile.py need not be told: a trace says the same.
-        """
+        """Whether they are where they were, as they were, and nobody is to be told when one is called."""
         for name, part in self.known:
             if self._modules[name] is not part:
                 return False
         for own, forward in self._own:
             if own.get("forward") is not forward:
                 return False
-        return not any(self._watchers) or all(
-            hasattr(watcher, NO_WATCHER) for watchers in self._watchers for watcher in watchers.values()
-        )
+        return not any(self._watchers) or not any(is_watched(part) for _, part in self.known)
 
 
 Begun = tuple[GrowingLayer, tuple[int | None, ...]]
@@ -278,6 +273,12 @@ class AttentionStep:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
         return AttentionStep(copy.deepcopy(self._module, memo))
+
+
+def is_watched(module: Any) -> bool:
+    """Whether somebody wants to be told when a module is called. profile.py need not be: a trace says the same."""
+    watchers = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(_GLOBAL_HOOKS) or not all(hasattr(watcher, NO_WATCHER) for watcher in watchers)
 
 
 def install(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_flash import native, norms, trace
-from hf_flash.attention_step import AttentionStep, Parts, Token
+from hf_flash.attention_step import AttentionStep, Parts, Token, is_watched
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import CACHE_NAMES, GrowingLayer
 
@@ -99,7 +99,7 @@ class LayerStep:
         self._refused, self._proven = False, False
         self._s: _Step | None = None  # made once: another thread may be using it
         self.chain, self.at = [self], 0
-        self._ready: _Call | None = None
+        self._ready: dict[int, _Call] = {}  # by thread
         functools.update_wrapper(self, self._stock)
 
     @staticmethod
@@ -118,7 +118,7 @@ class LayerStep:
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
         entered = 0.0 if trace.active is None else time.perf_counter()
-        call, self._ready = self._ready, None
+        call = self._ready.pop(threading.get_ident(), None)
         if call is None or call.x is not hidden_states or args or not call.holds(kwargs):
             call = None if args else self._prepare_all(hidden_states, kwargs, alone=call is not None)
         layer = None if call is None else call.layer()
@@ -150,16 +150,25 @@ class LayerStep:
             return None
         token = self._step.token(x, kwargs)
         first = call = None if token is None else self.prepare(x, token, kwargs)
-        step = self
+        step, thread = self, threading.get_ident()
         while token is not None and call is not None and step.is_proven and step.at + 1 < len(step.chain) and not alone:
             step = step.chain[step.at + 1]
-            known = not step._refused and step.describe() and step._step.is_like(self._step)
-            step._ready = call = step.prepare(call.y, token, kwargs) if known else None
+            call = step.prepare(call.y, token, kwargs) if step._is_open and step._step.is_like(self._step) else None
+            if call is not None:
+                step._ready[thread] = call
         return first
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether it can be prepared before its turn: nobody changes the layer when that comes."""
+        if self._refused or not self.describe() or vars(self._layer).get("forward") is not self:
+            return False
+        return not is_watched(self._layer)
 
     def prepare(self, x: torch.Tensor, token: Token, kwargs: dict[str, Any]) -> _Call | None:
         """Find out what native code is to be told; None where the stock forward is to be called."""
-        if self._layer.training or not self._parts.are_plain():
+        plain = type(self._modules[self._kind.ffn]) is FlashFFN and self._parts.are_plain()
+        if self._layer.training or not plain:
             return None
         weights: list[int | None] = []
         for parameters in self._parameters:

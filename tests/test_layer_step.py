@@ -137,6 +137,27 @@ def test_a_norm_that_changed_counts(opt: tuple[Model, torch.Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
 
 
+def test_a_layer_that_is_filled_when_its_turn_comes(opt: tuple[Model, torch.Tensor]) -> None:
+    """As offloading hooks do it."""
+    model, want = opt
+    model.tokens()
+    n = model.n
+    for step in model.steps:
+        norm = step._layer.final_layer_norm
+        weight = norm.weight.data
+
+        def fill(*args: Any, norm: Any = norm, weight: torch.Tensor = weight) -> None:
+            norm.weight.data = weight
+
+        def empty(*args: Any, norm: Any = norm) -> None:
+            norm.weight.data = torch.empty(0, dtype=torch.bfloat16)
+
+        step._layer.register_forward_pre_hook(fill)
+        step._layer.register_forward_hook(empty)
+        empty()
+    assert torch.equal(model.tokens(), want) and model.n == n + len(model.steps) * (N - 2)
+
+
 def test_outputs_that_are_asked_for_are_there(opt: tuple[Model, torch.Tensor]) -> None:
     model, want = opt
     options = {"max_new_tokens": N, "min_new_tokens": N, "do_sample": False, "return_dict_in_generate": True}
@@ -201,7 +222,7 @@ def test_a_pass_that_was_left_keeps_no_cache(opt: tuple[Model, torch.Tensor]) ->
         with pytest.raises(KeyboardInterrupt):
             model.flash(want[:, 9:10], use_cache=True, **{CACHE: cache})
         handle.remove()
-    assert model.steps[1]._ready is not None
+    assert model.steps[1]._ready
     alive = [weakref.ref(cache), *map(weakref.ref, cache.layers), *map(weakref.ref, held(cache))]
     del cache
     gc.collect()
