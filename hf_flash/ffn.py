@@ -159,29 +159,47 @@ class FlashFFN(nn.Module):
         """The block's output; with a residual (Bloom, MPT) their sum, as the stock block returns it."""
         if is_compiling():
             return self._untraced(x, *residual)
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            y = self.decode(x)
+        else:
+            begun = self._begin(x)
+            x = self.cast(x)
+            with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
+                y = self._differentiable(x)
+            self._end(begun)
+        return y + residual[0] if residual and self.block.takes_residual else y
+
+    def decode(self, x: torch.Tensor, biases: ops.Biases | None = None) -> torch.Tensor:
+        """The block's output for who knows that no gradient, no autocast and no residual is asked for.
+
+        Args:
+            biases: what `biases` gave, if that is known.
+        """
+        begun = self._begin(x)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        assert self.engine is not None
+        y = self.engine.forward(x, self._act_home[self._act_name], self.biases() if biases is None else biases)
+        if begun:
+            self._end(begun)
+        return y
+
+    def _begin(self, x: torch.Tensor) -> float:
+        """Returns when, if somebody records that."""
         begun = 0.0 if trace.active is None else time.perf_counter()
-        engine = self.engine
-        if engine is None:
+        if self.engine is None:
             raise FlashError(
                 f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
                 "call hf_flash.patch(model)."
             )
         if self.stats is not None or self.on_pass:
             self._begin_pass(x.numel() // x.shape[-1])
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            x = self.cast(x)
-            with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
-                y = self._differentiable(x)
-        else:
-            if self.compute_dtype is not None:
-                x = x.to(self.compute_dtype)
-            y = engine.forward(x, self._act_home[self._act_name], self.biases())
-        if residual and self.block.takes_residual:
-            y = y + residual[0]
-        if begun and trace.active is not None:
+        return begun
+
+    def _end(self, begun: float) -> None:
+        if begun and trace.active is not None and self.engine is not None:
             trace.active.add(trace.FFN, begun, time.perf_counter(), self.block.path)
-            engine.note_spans(trace.active)  # only now: it is not what is measured
-        return y
+            self.engine.note_spans(trace.active)  # only now: it is not what is measured
 
     @torch.compiler.disable  # engines read files and keep books in numpy, which must not be traced
     def _untraced(self, x: torch.Tensor, *residual: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from hf_flash import native, norms, trace
 from hf_flash.attention_step import AttentionStep, Parts, Token, is_watched
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import CACHE_NAMES, GrowingLayer
+from hf_flash.ops import Biases
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +71,8 @@ class _Call(NamedTuple):
     cache: weakref.ref[Any]
     turn: Any
     n_kwargs: int
+    ffn: FlashFFN
+    biases: Biases | None  # of the FFN; None where somebody is to be told when that is called
 
     def holds(self, kwargs: dict[str, Any]) -> bool:
         """Whether the layer is called as the first one was, and its part of the cache is as it was then."""
@@ -133,7 +136,8 @@ class LayerStep:
             stop = time.perf_counter()
             trace.active.add(trace.STEP, entered, stop, self._path)
             trace.active.add(trace.ATTENTION, begun, stop, self._path)
-        return call.y.add_(self._modules[self._kind.ffn](call.z))
+        ffn = call.ffn
+        return call.y.add_(ffn(call.z) if call.biases is None else ffn.decode(call.z, call.biases))
 
     @property
     def is_proven(self) -> bool:
@@ -167,8 +171,8 @@ class LayerStep:
 
     def prepare(self, x: torch.Tensor, token: Token, kwargs: dict[str, Any]) -> _Call | None:
         """Find out what native code is to be told; None where the stock forward is to be called."""
-        plain = type(self._modules[self._kind.ffn]) is FlashFFN and self._parts.are_plain()
-        if self._layer.training or not plain:
+        ffn = self._modules[self._kind.ffn]
+        if self._layer.training or type(ffn) is not FlashFFN or not self._parts.are_plain():
             return None
         weights: list[int | None] = []
         for parameters in self._parameters:
@@ -184,7 +188,9 @@ class LayerStep:
         arguments = self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr()
         name = CACHE_NAMES[0] if CACHE_NAMES[0] in kwargs else CACHE_NAMES[1]
         turn = kwargs.get("position_embeddings")
-        return _Call(x, y, z, arguments, weakref.ref(layer), name, weakref.ref(token.cache), turn, len(kwargs))
+        biases = None if is_watched(ffn) or "forward" in vars(ffn) else ffn.biases()
+        cache = weakref.ref(token.cache)
+        return _Call(x, y, z, arguments, weakref.ref(layer), name, cache, turn, len(kwargs), ffn, biases)
 
     def describe(self) -> bool:
         """Tell native code of the layer, once; False where it is none for it."""
@@ -216,17 +222,18 @@ class LayerStep:
                 seen.append((args[0].clone(), out.clone()))
 
         ffn: Any = self._modules[self._kind.ffn]
-        handle = ffn.register_forward_hook(see)
+        handle, self._step.aside = ffn.register_forward_hook(see), me
         try:
             result = self._stock(call.x, **kwargs)
         finally:
             handle.remove()
+            self._step.aside = None
         mine, theirs = [call.z, *rows], [held[:, :, -1] for held in (layer.keys, layer.values) if held is not None]
         if len(seen) == 1 and isinstance(result, torch.Tensor):
             mine.append(call.y + seen[0][1].view_as(call.y))
             theirs = [seen[0][0].view_as(call.z), *theirs, result]
         if len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
-            self._proven = True
+            self._proven, self._step.proofs_left = True, 0
         else:
             self._refused = True
             logger.info_once(
