@@ -4,7 +4,7 @@ A small model's attention runs in its Python as long as in its kernels, since st
 caches of code by then. Here the forward of attentions that transformers spells in one of the ways of `KINDS`, and whose
 matrices stay in DRAM packed (resident.py), calls the same kernels with nothing in between. Whatever is not a plain
 decoded token goes to the stock forward. That may change with transformers: nothing relies on how it is spelled now, as
-each module's first tokens go both ways, and it stays with the stock forward for good where one bit differs.
+each module's first such token goes both ways, and it stays with the stock forward for good where one bit differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.nn.modules import module as hooks
+from torch.nn.modules import module as modules
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _PROOFS = 1  # tokens that go both ways
 NO_WATCHER = "_hf_flash_no_watcher"  # mark of a hook that need not be called
-_GLOBAL_HOOKS: list[Any] = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
+_GLOBAL_HOOKS: list[Any] = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,11 @@ class Token:
     """A plain decoded token: what holds for every layer that it passes.
 
     Attributes:
-        cache: of the model. turn: addresses of cos and sin, or None. config: of the model.
+        cache: of the model. turn: addresses of cos and sin, or None.
     """
 
     cache: DynamicCache
     turn: tuple[int | None, int | None]
-    config: Any
 
 
 class Parts:
@@ -87,9 +86,9 @@ class Parts:
         self._modules = owner._modules
         self.known: list[Any] = [(name, self._modules[name]) for name in names]
         self._own = [(vars(part), (forwards or {}).get(name)) for name, part in self.known]
-        self._watchers = [
-            hooks for _, part in self.known for hooks in (part._forward_hooks, part._forward_pre_hooks)
-        ] + _GLOBAL_HOOKS
+        self._watchers = [*_GLOBAL_HOOKS]
+        for _, part in self.known:
+            self._watchers += [part._forward_hooks, part._forward_pre_hooks]
 
     def are_plain(self) -> bool:
         """Whether they are where they were, as they were, and nobody is to be told when one is called."""
@@ -188,19 +187,19 @@ class AttentionStep:
         if type(cache) is not DynamicCache or cache.offloading or not x.is_contiguous() or x.device.type != "cpu":
             return None
         if not self._kind.rotary:
-            return Token(cache, (None, None), config)
+            return Token(cache, (None, None))
         turn = kwargs.get("position_embeddings")
         if not isinstance(turn, tuple) or not all(
             t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in turn
         ):
             return None
         cos, sin = turn
-        return Token(cache, (cos.data_ptr(), sin.data_ptr()), config)
+        return Token(cache, (cos.data_ptr(), sin.data_ptr()))
 
     def is_like(self, other: AttentionStep) -> bool:
-        """Whether a plain token for the other one is one for this, which has the same model."""
-        shapes = self._x_shape == other._x_shape and self._turn_shape == other._turn_shape
-        return shapes and self._kind == other._kind and self._module.config is other._module.config
+        """Whether a plain token for the other one is one for this, which is of the same model, too."""
+        same = self._x_shape == other._x_shape and self._turn_shape == other._turn_shape and self._kind == other._kind
+        return same and self._module.config is other._module.config and self._n_threads == other._n_threads
 
     def begin(self, token: Token) -> Begun | None:
         """Find out where everything is.

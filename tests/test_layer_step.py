@@ -314,6 +314,7 @@ def test_other_threads_are_another_proof(opt: tuple[Model, torch.Tensor]) -> Non
     try:
         assert torch.equal(model.tokens(), want)
         assert not any(step._step.proofs_left for step in model.steps)
+        assert all(step._step._n_threads == torch.get_num_threads() for step in model.steps)
     finally:
         torch.set_num_threads(n)
 
