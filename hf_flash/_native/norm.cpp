@@ -20,15 +20,21 @@ namespace {
 constexpr int64_t LANES = 8, CHUNK = 16;  // vectors of 2 * LANES in a chunk
 constexpr int LEVELS = 32;                // of the counter: any number of chunks
 
-INLINE __m256 wide(const uint16_t *p) {  // 8 bfloat16
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))), 16));
+INLINE __m256 wide(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+
+INLINE __m256 wide(const uint16_t *p) { return wide(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }  // 8 bfloat16
+
+INLINE __m128i rounded(__m256 v) {  // to bfloat16, to nearest, ties to even; NaN stays NaN
+  const __m256i bits = _mm256_castps_si256(v), upper = _mm256_srli_epi32(bits, 16);
+  const __m256i even = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i some = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(some, some), 0x08));
 }
 
-INLINE void store(__m256 v, uint16_t *to) {  // rounded
-  alignas(32) float values[LANES];
-  _mm256_store_ps(values, v);
-  for (int i = 0; i < LANES; i++) to[i] = bits_bf16(round_bf16(values[i]));
-}
+INLINE void store(__m128i v, uint16_t *to) { _mm_storeu_si128(reinterpret_cast<__m128i *>(to), v); }
 
 struct Moments {  // of n values in each lane: mean, and sum of the squared differences from it
   __m256 mean, squares;
@@ -126,15 +132,6 @@ float mean_square(const uint16_t *x, int64_t d) {
 
 extern "C" {
 
-// Whether the calls below may be made.
-int hf_flash_norms() {
-#ifdef NORM
-  return level() >= 3;
-#else
-  return 0;
-#endif
-}
-
 // What a norm divides by and subtracts: scale and mean as of LayerNorm where `centred`, else RMSNorm's scale and 0.
 void hf_flash_norm_scale(const uint16_t *x, int64_t d, int centred, float eps, float *scale, float *mean) {
 #ifdef NORM
@@ -153,11 +150,9 @@ void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const u
   hf_flash_norm_scale(x, d, bias != nullptr, eps, &scale, &mean);
   const __m256 by = _mm256_set1_ps(scale), shift = _mm256_set1_ps(-mean * scale);
   for (int64_t i = 0; i < d && bias; i += LANES)
-    store(_mm256_fmadd_ps(_mm256_fmadd_ps(wide(x + i), by, shift), wide(weight + i), wide(bias + i)), out + i);
-  for (int64_t i = 0; i < d && !bias; i += LANES) {
-    store(_mm256_mul_ps(wide(x + i), by), out + i);
-    store(_mm256_mul_ps(wide(weight + i), wide(out + i)), out + i);
-  }
+    store(rounded(_mm256_fmadd_ps(_mm256_fmadd_ps(wide(x + i), by, shift), wide(weight + i), wide(bias + i))), out + i);
+  for (int64_t i = 0; i < d && !bias; i += LANES)
+    store(rounded(_mm256_mul_ps(wide(weight + i), wide(rounded(_mm256_mul_ps(wide(x + i), by))))), out + i);
 #endif
 }
 
@@ -165,3 +160,16 @@ void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const u
 #ifdef NORM
 #pragma GCC pop_options
 #endif
+
+extern "C" {
+
+// Whether the calls above may be made.
+int hf_flash_norms() {
+#ifdef NORM
+  return level() >= 3;
+#else
+  return 0;
+#endif
+}
+
+}  // extern "C"
