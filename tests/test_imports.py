@@ -14,11 +14,12 @@ import hf_flash
 
 FLOORS = """
 words            errors  stats  memory  plan  ops  trace  families  native  packing  tight  ordered  texts  scoring
-what there is    layout  config  window  budget  check  trial
+what there is    layout  config  window  budget  check  trial  norms
 files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  packed_sum  ring  stream  resident  kv  attention
-an FFN           step  engine  sweep  sparse  linear  ffn  early  lookahead  tap  recording  fit  balance  order  loan
+an FFN           step  engine  sweep  sparse  linear  ffn
+a layer          attention_step  layer_step  early  lookahead  tap  recording  fit  balance  order  loan
 a model          attach  repack  save
 what users call  preview  thresholds  quantizer  patch  verify  contents  profile  measures
 sessions         session  calibrate  serve  demo  ladder  show  show_speed  evaluate  show_eval
