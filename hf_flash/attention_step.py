@@ -13,6 +13,7 @@ import copy
 import ctypes
 import functools
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,11 @@ class Kind:
     out: str
     rotary: bool
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Their names."""
+        return "q_proj", "k_proj", "v_proj", self.out
+
 
 KINDS = {
     "OPTAttention": Kind("out_proj", False),
@@ -67,11 +73,22 @@ class Token:
     """A plain decoded token: what holds for every layer that it passes.
 
     Attributes:
-        cache: of the model. turn: addresses of cos and sin, or None.
+        cache: of the model, which this does not keep alive. cache_name: of the argument. n_arguments: that have names.
+        given: the position embeddings. turn: addresses of cos and sin, or None.
     """
 
-    cache: DynamicCache
-    turn: tuple[int | None, int | None]
+    cache: weakref.ref[DynamicCache]
+    cache_name: str
+    n_arguments: int
+    given: Any = None
+    turn: tuple[int | None, int | None] = (None, None)
+
+    def holds(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer is called as the first one was."""
+        return (
+            len(kwargs) == self.n_arguments and kwargs.get(self.cache_name) is self.cache()
+            and kwargs.get("attention_mask") is None and kwargs.get("position_embeddings") is self.given
+        )  # fmt: skip
 
 
 class Parts:
@@ -133,8 +150,7 @@ class AttentionStep:
     def __init__(self, module: nn.Module) -> None:
         self.aside: int | None = None
         self._module = module
-        self._kind = kind = KINDS[type(module).__name__]
-        self._names = ("q_proj", "k_proj", "v_proj", kind.out)
+        self._kind = KINDS[type(module).__name__]
         self.proofs_left = _PROOFS
         self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
         self._s: _Step | None = None  # made once: another thread may be using it
@@ -146,11 +162,10 @@ class AttentionStep:
     def can(module: nn.Module) -> bool:
         """Whether a module may have such a forward."""
         kind = KINDS.get(type(module).__name__)
-        if kind is None or not type(module).__module__.startswith("transformers.") or "forward" in vars(module):
+        if kind is None or not is_stock(module):
             return False
-        names = {"q_proj", "k_proj", "v_proj", kind.out}
         parts = dict(module.named_children())
-        return set(parts) == names and all(type(part) is PackedLinear for part in parts.values())
+        return set(parts) == set(kind.projections) and all(type(part) is PackedLinear for part in parts.values())
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
@@ -175,10 +190,10 @@ class AttentionStep:
             self._prepare()
         if not self._can or x is None or x.dtype is not torch.bfloat16 or x.shape != self._x_shape:
             return None
-        cache = None
+        cache, cache_name = None, ""
         for name, value in kwargs.items():
             if name in CACHE_NAMES:
-                cache = value
+                cache, cache_name = value, name
             elif value is not None and value is not False and name not in _NO_MATTER:
                 return None
         config: Any = self._module.config
@@ -186,15 +201,15 @@ class AttentionStep:
             return None
         if type(cache) is not DynamicCache or cache.offloading or not x.is_contiguous() or x.device.type != "cpu":
             return None
+        known, given = (weakref.ref(cache), cache_name, len(kwargs)), kwargs.get("position_embeddings")
         if not self._kind.rotary:
-            return Token(cache, (None, None))
-        turn = kwargs.get("position_embeddings")
-        if not isinstance(turn, tuple) or not all(
-            t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in turn
+            return Token(*known, given)
+        if not isinstance(given, tuple) or not all(
+            t.dtype is torch.bfloat16 and t.shape == self._turn_shape and t.is_contiguous() for t in given
         ):
             return None
-        cos, sin = turn
-        return Token(cache, (cos.data_ptr(), sin.data_ptr()))
+        cos, sin = given
+        return Token(*known, given, (cos.data_ptr(), sin.data_ptr()))
 
     def is_like(self, other: AttentionStep) -> bool:
         """Whether a plain token for the other one is one for this, which is of the same model, too."""
@@ -208,20 +223,15 @@ class AttentionStep:
             The layer of the cache, whose `took_row` follows, and what the native call is told between the token and its
             result: cos, sin, row of the cache, biases. None where the stock forward is to be called.
         """
-        layers = token.cache.layers
-        layer = layers[self._index] if self._index < len(layers) else None
+        cache = token.cache()
+        layer = cache.layers[self._index] if cache is not None and self._index < len(cache.layers) else None
         if not self._can or self._module.training or type(layer) is not GrowingLayer or not self._parts.are_plain():
             return None
         row = layer.next_row(self._shape, torch.bfloat16)
         if row is None:
             return None
-        biases = []
-        for parameters in self._parameters:
-            bias = parameters["bias"]
-            if bias is not None and bias.dtype is not torch.bfloat16:
-                return None
-            biases.append(None if bias is None else bias.data_ptr())
-        return layer, (*token.turn, *row, *biases)
+        biases = addresses([parameters["bias"] for parameters in self._parameters])
+        return None if biases is None else (layer, (*token.turn, *row, *biases))
 
     def _prepare(self) -> None:
         """Find out whether the kernels can be had, with as many threads as there are now."""
@@ -240,7 +250,7 @@ class AttentionStep:
         if self._s is not None:
             return True
         module: Any = self._module
-        parts: list[Any] = [module._modules[name] for name in self._names]
+        parts: list[Any] = [module._modules[name] for name in self._kind.projections]
         if not (tight.available() and all(type(part) is PackedLinear for part in parts)):
             return False
         if not all(type(part.matrix) is TightMatrix for part in parts):
@@ -256,7 +266,7 @@ class AttentionStep:
         matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
         self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
         self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
-        self._parts, self._parameters = Parts(module, self._names), [part._parameters for part in parts]
+        self._parts, self._parameters = Parts(module, self._kind.projections), [part._parameters for part in parts]
         self._index, self.d_model = module.layer_idx, q.in_features
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
         return True
@@ -266,18 +276,36 @@ class AttentionStep:
         mine = [out, *(row.clone() for row in layer.written())]
         result = self._stock(x, **kwargs)
         theirs = [result[0], *(held[:, :, -1] for held in (layer.keys, layer.values) if held is not None)]
-        if all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+        if proves(self._module, mine, theirs):
             self.proofs_left -= 1
         else:
             self._can = False  # until the number of threads changes
-            logger.info_once(
-                f"hf_flash: {type(self._module).__name__} does not compute as attention_step.py has it: its modules "
-                "run one by one."
-            )
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
         return AttentionStep(copy.deepcopy(self._module, memo))
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether a module's forward is that of transformers' class, whose name says how it computes."""
+    return type(module).__module__.startswith("transformers.") and "forward" not in vars(module)
+
+
+def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int | None] | None:
+    """Of bfloat16 tensors, None for those that are not there; None where one has another dtype."""
+    if any(given is not None and given.dtype is not torch.bfloat16 for given in tensors):
+        return None
+    return [None if given is None else given.data_ptr() for given in tensors]
+
+
+def proves(module: nn.Module, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
+    """Whether a native call and a module's own forward made the same of a token; says once where not."""
+    if len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+        return True
+    logger.info_once(
+        f"hf_flash: {type(module).__name__} does not compute as its native call does: its modules run one by one."
+    )
+    return False
 
 
 def is_watched(module: Any) -> bool:

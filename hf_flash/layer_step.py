@@ -18,18 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 from hf_flash import native, norms, trace
-from hf_flash.attention_step import AttentionStep, Parts, Token, is_watched
+from hf_flash.attention_step import AttentionStep, Parts, Token, addresses, is_stock, is_watched, proves
 from hf_flash.ffn import FlashFFN
-from hf_flash.kv import CACHE_NAMES, GrowingLayer
+from hf_flash.kv import GrowingLayer
 from hf_flash.ops import Biases
 
-logger = logging.get_logger(__name__)
-
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -67,21 +63,14 @@ class _Call(NamedTuple):
     z: torch.Tensor
     arguments: tuple[int | None, ...]
     layer: weakref.ref[GrowingLayer]
-    cache_name: str
-    cache: weakref.ref[Any]
-    turn: Any
-    n_kwargs: int
+    token: Token
     ffn: FlashFFN
     biases: Biases | None  # of the FFN; None where somebody is to be told when that is called
 
     def holds(self, kwargs: dict[str, Any]) -> bool:
         """Whether the layer is called as the first one was, and its part of the cache is as it was then."""
         layer = self.layer()
-        return (
-            layer is not None and layer.awaits_row and len(kwargs) == self.n_kwargs
-            and kwargs.get(self.cache_name) is self.cache() and kwargs.get("attention_mask") is None
-            and kwargs.get("position_embeddings") is self.turn
-        )  # fmt: skip
+        return layer is not None and layer.awaits_row and self.token.holds(kwargs)
 
 
 class LayerStep:
@@ -109,7 +98,7 @@ class LayerStep:
     def can(layer: nn.Module) -> bool:
         """Whether a layer may have such a forward."""
         kind = KINDS.get(type(layer).__name__)
-        if kind is None or not type(layer).__module__.startswith("transformers.") or "forward" in vars(layer):
+        if kind is None or not is_stock(layer):
             return False
         parts = dict(layer.named_children())
         if set(parts) != {"self_attn", *kind.norms, kind.ffn, *kind.idle}:
@@ -150,14 +139,14 @@ class LayerStep:
         Args:
             alone: not of those behind it: they are prepared, or each layer is asked for something else.
         """
-        if self._refused or not self.describe():
+        if not self.describe():
             return None
         token = self._step.token(x, kwargs)
-        first = call = None if token is None else self.prepare(x, token, kwargs)
+        first = call = None if token is None else self.prepare(x, token)
         step, thread = self, threading.get_ident()
         while token is not None and call is not None and step.is_proven and step.at + 1 < len(step.chain) and not alone:
             step = step.chain[step.at + 1]
-            call = step.prepare(call.y, token, kwargs) if step._is_open and step._step.is_like(self._step) else None
+            call = step.prepare(call.y, token) if step._is_open and step._step.is_like(self._step) else None
             if call is not None:
                 step._ready[thread] = call
         return first
@@ -165,37 +154,27 @@ class LayerStep:
     @property
     def _is_open(self) -> bool:
         """Whether it can be prepared before its turn: nobody changes the layer when that comes."""
-        if self._refused or not self.describe() or vars(self._layer).get("forward") is not self:
-            return False
-        return not is_watched(self._layer)
+        return self.describe() and vars(self._layer).get("forward") is self and not is_watched(self._layer)
 
-    def prepare(self, x: torch.Tensor, token: Token, kwargs: dict[str, Any]) -> _Call | None:
+    def prepare(self, x: torch.Tensor, token: Token) -> _Call | None:
         """Find out what native code is to be told; None where the stock forward is to be called."""
         ffn = self._modules[self._kind.ffn]
         if self._layer.training or type(ffn) is not FlashFFN or not self._parts.are_plain():
             return None
-        weights: list[int | None] = []
-        for parameters in self._parameters:
-            for given in (parameters["weight"], parameters.get("bias")):
-                if given is not None and given.dtype is not _BF16:
-                    return None
-                weights.append(None if given is None else given.data_ptr())
-        begun = self._step.begin(token)
-        if begun is None:
+        weights = addresses([parameters.get(name) for parameters in self._parameters for name in ("weight", "bias")])
+        begun = None if weights is None else self._step.begin(token)
+        if weights is None or begun is None:
             return None
         layer, where = begun
         y, z = torch.empty_like(x), torch.empty_like(x)
         arguments = self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr()
-        name = CACHE_NAMES[0] if CACHE_NAMES[0] in kwargs else CACHE_NAMES[1]
-        turn = kwargs.get("position_embeddings")
         biases = None if is_watched(ffn) or "forward" in vars(ffn) else ffn.biases()
-        cache = weakref.ref(token.cache)
-        return _Call(x, y, z, arguments, weakref.ref(layer), name, cache, turn, len(kwargs), ffn, biases)
+        return _Call(x, y, z, arguments, weakref.ref(layer), token, ffn, biases)
 
     def describe(self) -> bool:
         """Tell native code of the layer, once; False where it is none for it."""
-        if self._s is not None:
-            return True
+        if self._s is not None or self._refused:
+            return not self._refused
         self._modules, kind = self._layer._modules, self._kind
         found: list[Any] = [self._modules[name] for name in kind.norms]
         step = vars(self._modules["self_attn"]).get("forward")
@@ -232,14 +211,10 @@ class LayerStep:
         if len(seen) == 1 and isinstance(result, torch.Tensor):
             mine.append(call.y + seen[0][1].view_as(call.y))
             theirs = [seen[0][0].view_as(call.z), *theirs, result]
-        if len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+        if proves(self._layer, mine, theirs):
             self._proven, self._step.proofs_left = True, 0
         else:
             self._refused = True
-            logger.info_once(
-                f"hf_flash: {type(self._layer).__name__} does not compute as layer_step.py has it: its modules run one "
-                "by one."
-            )
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerStep:

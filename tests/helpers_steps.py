@@ -97,9 +97,30 @@ def stock(folder: Path, **options: Any) -> PreTrainedModel:
     """The same model, its attentions as transformers has them."""
     with packing_plan():
         model = load(folder, **options)
+    take_away(model)
+    return model
+
+
+def take_away(model: PreTrainedModel) -> None:
+    """Leave a model its modules' own forwards."""
     for module in model.modules():
         vars(module).pop("forward", None)
-    return model
+
+
+def assert_stock_logits(model: PreTrainedModel) -> None:
+    """It generates what its modules make of it; afterwards they do."""
+    found = generate(model)
+    take_away(model)
+    want = generate(model)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
+
+
+def assert_same(found: Any, want: Any) -> None:
+    """Tokens, logits and caches of two generations are equal."""
+    assert torch.equal(found.sequences, want.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
+    caches = [next(getattr(out, name) for name in CACHE_NAMES if hasattr(out, name)) for out in (found, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*map(held, caches), strict=True))
 
 
 def held(cache: Any) -> Iterator[torch.Tensor]:

@@ -11,14 +11,26 @@ import pytest
 import torch
 from helpers_e2e import greedy
 from helpers_hub import tiny_opt
-from helpers_steps import CACHE, HERE, IDS, MODELS, Folders, Model, N, generate, held, steps_of, stock
+from helpers_steps import (
+    CACHE,
+    HERE,
+    IDS,
+    MODELS,
+    Folders,
+    Model,
+    N,
+    assert_same,
+    assert_stock_logits,
+    generate,
+    steps_of,
+    stock,
+)
 from transformers import DynamicCache
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.opt import modeling_opt
 
 from hf_flash import attention
 from hf_flash.attention_step import KINDS, AttentionStep
-from hf_flash.kv import CACHE_NAMES
 from hf_flash.linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(not HERE, reason="no AVX512-VBMI2, or torch sums in another order here")
@@ -38,10 +50,7 @@ def test_it_has_the_modules_bits(folder_of: Folders, kind: str, exact: bool) -> 
     # The first token is the prompt's; the second finds a cache whose last tokens were several.
     assert model.n == len(model.steps) * (N - 2)
     assert not any(step.proofs_left for step in model.steps)
-    assert torch.equal(found.sequences, want.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
-    caches = [next(getattr(out, name) for name in CACHE_NAMES if hasattr(out, name)) for out in (found, want)]
-    assert all(torch.equal(a, b) for a, b in zip(*map(held, caches), strict=True))
+    assert_same(found, want)
 
 
 def test_every_kind_is_tested(folder_of: Folders) -> None:
@@ -133,11 +142,7 @@ def test_a_bias_that_changed_counts(opt: tuple[Model, torch.Tensor]) -> None:
     for name, part in model.flash.named_modules():
         if isinstance(part, PackedLinear) and "self_attn" in name:
             part.bias.data = torch.full_like(part.bias, 0.25)
-    found = generate(model.flash)
-    for module in model.flash.modules():
-        vars(module).pop("forward", None)
-    want = generate(model.flash)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
+    assert_stock_logits(model.flash)
 
 
 def test_a_cache_that_was_cut_goes_on(opt: tuple[Model, torch.Tensor]) -> None:

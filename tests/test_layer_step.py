@@ -12,14 +12,27 @@ from typing import Any
 import pytest
 import torch
 from helpers_e2e import greedy
-from helpers_steps import CACHE, HERE, IDS, MODELS, Folders, Model, N, generate, held, steps_of, stock
+from helpers_steps import (
+    CACHE,
+    HERE,
+    IDS,
+    MODELS,
+    Folders,
+    Model,
+    N,
+    assert_same,
+    assert_stock_logits,
+    generate,
+    held,
+    steps_of,
+    stock,
+)
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.opt import modeling_opt
 
 import hf_flash
 from hf_flash import norms, trace
-from hf_flash.kv import CACHE_NAMES
 from hf_flash.layer_step import KINDS, LayerStep
 
 pytestmark = pytest.mark.skipif(
@@ -43,10 +56,7 @@ def test_it_has_the_modules_bits(folder_of: Folders, kind: str, options: dict[st
     # The first token is the prompt's; the second finds a cache whose last tokens were several.
     assert model.n == len(model.steps) * (N - 2)
     assert all(step._proven for step in model.steps)
-    assert torch.equal(found.sequences, want.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
-    caches = [next(getattr(out, name) for name in CACHE_NAMES if hasattr(out, name)) for out in (found, want)]
-    assert all(torch.equal(a, b) for a, b in zip(*map(held, caches), strict=True))
+    assert_same(found, want)
 
 
 def test_every_kind_is_tested(folder_of: Folders) -> None:
@@ -129,12 +139,8 @@ def test_a_norm_that_changed_counts(opt: tuple[Model, torch.Tensor]) -> None:
         with torch.no_grad():
             norm.bias += 0.25
     n = model.n
-    found = generate(model.flash)
+    assert_stock_logits(model.flash)
     assert model.n > n
-    for module in model.flash.modules():
-        vars(module).pop("forward", None)
-    want = generate(model.flash)
-    assert all(torch.equal(a, b) for a, b in zip(found.logits, want.logits, strict=True))
 
 
 def test_a_layer_that_is_filled_when_its_turn_comes(opt: tuple[Model, torch.Tensor]) -> None:
