@@ -13,6 +13,7 @@ import copy
 import ctypes
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ import torch
 from torch import nn
 from torch.compiler import is_compiling
 from torch.nn.modules import module as modules
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from hf_flash import attention, native, ordered, tight
+from hf_flash import attention, native, ordered, tight, trace
 from hf_flash.kv import CACHE_NAMES, GrowingLayer
 from hf_flash.linear import PackedLinear
 from hf_flash.resident import TightMatrix
@@ -91,6 +93,29 @@ class Token:
         )  # fmt: skip
 
 
+class Watchers:
+    """Whether somebody is to be told when some modules are called.
+
+    This is asked for every token, so hooks are seldom looked at: torch numbers the handles of all hooks of a process.
+    """
+
+    __slots__ = ("_found", "_modules", "_n_handles", "_n_looks")
+
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self._modules, self._n_handles, self._n_looks, self._found = modules, -1, 0, False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is one."""
+        n_handles = RemovableHandle.next_id
+        if n_handles != self._n_handles:
+            self._n_handles, self._n_looks = n_handles, 0
+        if self._found or self._n_looks < 2:  # the handle is made first, and another thread may be about to use it
+            self._n_looks += 1
+            self._found = any(is_watched(module) for module in self._modules)
+        return self._found
+
+
 class Parts:
     """Modules whose work a native call does in their place.
 
@@ -99,23 +124,20 @@ class Parts:
         forwards: of those that are to have another forward than their class.
     """
 
+    __slots__ = ("_forwards", "_modules", "_names", "_own", "_watchers", "known")
+
     def __init__(self, owner: nn.Module, names: Sequence[str], forwards: Mapping[str, Any] | None = None) -> None:
-        self._modules = owner._modules
-        self.known: list[Any] = [(name, self._modules[name]) for name in names]
-        self._own = [(vars(part), (forwards or {}).get(name)) for name, part in self.known]
-        self._watchers = [*_GLOBAL_HOOKS]
-        for _, part in self.known:
-            self._watchers += [part._forward_hooks, part._forward_pre_hooks]
+        self._modules, self._names = owner._modules, names
+        self.known: tuple[Any, ...] = tuple(self._modules[name] for name in names)
+        self._own = [vars(part) for part in self.known]
+        self._forwards = [(forwards or {}).get(name) for name in names]
+        self._watchers = Watchers(self.known)
 
     def are_plain(self) -> bool:
         """Whether they are where they were, as they were, and nobody is to be told when one is called."""
-        for name, part in self.known:
-            if self._modules[name] is not part:
-                return False
-        for own, forward in self._own:
-            if own.get("forward") is not forward:
-                return False
-        return not any(self._watchers) or not any(is_watched(part) for _, part in self.known)
+        if tuple(map(self._modules.get, self._names)) != self.known:
+            return False
+        return [own.get("forward") for own in self._own] == self._forwards and not self._watchers.any
 
 
 Begun = tuple[GrowingLayer, tuple[int | None, ...]]
@@ -142,14 +164,15 @@ class AttentionStep:
 
     Args:
         module: of a class in KINDS.
+        path: its name in the model, for a trace.
 
     Attributes:
         proofs_left: tokens that have yet to go both ways. aside: a thread whose calls go the stock way.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, path: str) -> None:
         self.aside: int | None = None
-        self._module = module
+        self._module, self._path = module, path
         self._kind = KINDS[type(module).__name__]
         self.proofs_left = _PROOFS
         self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
@@ -169,6 +192,13 @@ class AttentionStep:
 
     def __call__(self, hidden_states: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As the stock forward."""
+        begun = 0.0 if trace.active is None else time.perf_counter()
+        out = self._forward(hidden_states, *args, **kwargs)
+        if begun and trace.active is not None:
+            trace.active.add(trace.ATTENTION, begun, time.perf_counter(), self._path)
+        return out
+
+    def _forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         aside = args or self.aside == threading.get_ident()
         token = None if aside else self.token(hidden_states, kwargs)
         begun = None if token is None else self.begin(token)
@@ -211,10 +241,15 @@ class AttentionStep:
         cos, sin = given
         return Token(*known, given, (cos.data_ptr(), sin.data_ptr()))
 
-    def is_like(self, other: AttentionStep) -> bool:
-        """Whether a plain token for the other one is one for this, which is of the same model, too."""
-        same = self._x_shape == other._x_shape and self._turn_shape == other._turn_shape and self._kind == other._kind
-        return same and self._module.config is other._module.config and self._n_threads == other._n_threads
+    @property
+    def traits(self) -> tuple[Any, ...]:
+        """Two attentions of a model that have the same of these have the same plain tokens."""
+        return self._n_threads, self._x_shape, self._turn_shape, self._kind, id(self._module.config)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model now: fewer than it has while somebody leaves the last ones out."""
+        return self._module.config.num_hidden_layers  # type: ignore[return-value, union-attr]
 
     def begin(self, token: Token) -> Begun | None:
         """Find out where everything is.
@@ -224,7 +259,7 @@ class AttentionStep:
             result: cos, sin, row of the cache, biases. None where the stock forward is to be called.
         """
         cache = token.cache()
-        layer = cache.layers[self._index] if cache is not None and self._index < len(cache.layers) else None
+        layer = cache.layers[self.index] if cache is not None and self.index < len(cache.layers) else None
         if not self._can or self._module.training or type(layer) is not GrowingLayer or not self._parts.are_plain():
             return None
         row = layer.next_row(self._shape, torch.bfloat16)
@@ -242,7 +277,7 @@ class AttentionStep:
         assert s is not None
         can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
         if s.exact:
-            can = can and all(ordered.agrees(part.out_features, part.in_features) for _, part in self._parts.known)
+            can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts.known)
         self.proofs_left, self._can = _PROOFS, can
 
     def describe(self) -> bool:
@@ -267,7 +302,7 @@ class AttentionStep:
         self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
         self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
         self._parts, self._parameters = Parts(module, self._kind.projections), [part._parameters for part in parts]
-        self._index, self.d_model = module.layer_idx, q.in_features
+        self.index, self.d_model = module.layer_idx, q.in_features
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
         return True
 
@@ -283,7 +318,7 @@ class AttentionStep:
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttentionStep:
-        return AttentionStep(copy.deepcopy(self._module, memo))
+        return AttentionStep(copy.deepcopy(self._module, memo), self._path)
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -293,9 +328,15 @@ def is_stock(module: nn.Module) -> bool:
 
 def addresses(tensors: Sequence[torch.Tensor | None]) -> list[int | None] | None:
     """Of bfloat16 tensors, None for those that are not there; None where one has another dtype."""
-    if any(given is not None and given.dtype is not torch.bfloat16 for given in tensors):
-        return None
-    return [None if given is None else given.data_ptr() for given in tensors]
+    found: list[int | None] = []
+    for given in tensors:
+        if given is None:
+            found.append(None)
+        elif given.dtype is torch.bfloat16:
+            found.append(given.data_ptr())
+        else:
+            return None
+    return found
 
 
 def proves(module: nn.Module, mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> bool:
@@ -310,12 +351,16 @@ def proves(module: nn.Module, mine: Sequence[torch.Tensor], theirs: Sequence[tor
 
 def is_watched(module: Any) -> bool:
     """Whether somebody wants to be told when a module is called. profile.py need not be: a trace says the same."""
-    watchers = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(_GLOBAL_HOOKS) or not all(hasattr(watcher, NO_WATCHER) for watcher in watchers)
+    if any(_GLOBAL_HOOKS):
+        return True
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if hooks and not all(hasattr(watcher, NO_WATCHER) for watcher in hooks.values()):
+            return True
+    return False
 
 
 def install(model: nn.Module) -> None:
     """Give a model's attentions such a forward, where they may have it."""
-    for module in model.modules():
+    for path, module in model.named_modules():
         if AttentionStep.can(module):
-            module.forward = AttentionStep(module)  # type: ignore[assignment]
+            module.forward = AttentionStep(module, path)  # type: ignore[assignment]

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hf_flash import trace
 from hf_flash.cache import NeuronCache, Slots
 from hf_flash.plan import IntArray
 from hf_flash.sparse import SparseEngine
@@ -84,12 +86,16 @@ class Balance:
             engine.cache.begin(n, self._slots, first)
             first += n
 
-    def pass_begins(self) -> None:
+    def pass_begins(self, n_tokens: int = 1) -> None:
         """Count a pass, and balance where it is time and no other thread computes.
+
+        Args:
+            n_tokens: of it; they count as one.
 
         Raises:
             ReadError: an earlier read failed.
         """
+        del n_tokens
         self._n_passes += 1
         alone = len(self._sharers()) < len(self._engines)  # a pass was stopped
         if self._n_passes < self._next and not alone:
@@ -102,6 +108,7 @@ class Balance:
                 if not engine.cache.lock.acquire(blocking=False):
                     return
                 held.callback(engine.cache.lock.release)
+            begun = time.perf_counter()
             for engine in self._engines:
                 engine.land()
             if alone:
@@ -109,6 +116,8 @@ class Balance:
             else:
                 self._balance()
                 self._next = self._n_passes + min(self._n_passes, EVERY_PASSES)
+            if trace.active is not None:
+                trace.active.add(trace.BALANCE, begun, time.perf_counter())
 
     def lend(self, n: int) -> None:
         """Let the layers have n slots besides their own, more or fewer than they have so far; `n_more` at most.

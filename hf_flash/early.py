@@ -65,16 +65,13 @@ class EarlyGate:
         self._ffns, self._norms, self._trial = ffns, norms, trial
         self._linked = False
 
-    @torch.compiler.disable
-    def __call__(self, ffn: nn.Module, args: tuple[Any, ...]) -> None:
-        """A hook on the first of them: a token begins."""
+    def pass_begins(self, n_tokens: int) -> None:
+        """The first of them is called with so many tokens."""
         if torch.is_grad_enabled():
             return
-        x = args[0]
-        one = x.numel() == x.shape[-1]
-        if one and not self._linked:
+        if n_tokens == 1 and not self._linked:
             self._link()
-        self._trial.next_token(time.perf_counter() if one else None)
+        self._trial.next_token(time.perf_counter() if n_tokens == 1 else None)
 
     def _link(self) -> None:
         """The first pass is over, and norms are known."""
@@ -119,5 +116,5 @@ def install(model: nn.Module, trial: Trial | None = None) -> int:
         norms.append((parent, module))
     gates = [_Norm(model.get_submodule(parent), ffn) for parent, ffn in norms]
     if ffns:
-        ffns[0].register_forward_pre_hook(EarlyGate(ffns, gates, trial or Trial()))
+        ffns[0].on_pass = [*ffns[0].on_pass, EarlyGate(ffns, gates, trial or Trial()).pass_begins]
     return len(ffns)

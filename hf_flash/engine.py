@@ -16,6 +16,7 @@ import torch
 
 from hf_flash import ops, trace
 from hf_flash.memory import aligned_empty
+from hf_flash.native import NativeFFN
 from hf_flash.store import FlashLayer
 
 Piece = tuple[slice | torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]  # neurons, gate, up, down rows
@@ -25,6 +26,11 @@ class Engine(ABC):
     """Computes one FFN from flash."""
 
     layer: FlashLayer
+
+    @property
+    @abstractmethod
+    def lock(self) -> threading.RLock:
+        """Held by who computes."""
 
     @abstractmethod
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
@@ -48,6 +54,32 @@ class Engine(ABC):
     @abstractmethod
     def pieces(self, x: torch.Tensor, biases: ops.Biases) -> contextlib.AbstractContextManager[Iterator[Piece]]:
         """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""
+
+    def as_native(self, act: ops.Activation, biases: ops.Biases) -> NativeFFN | None:
+        """How native code is to run this FFN for one bfloat16 token, now; hold `lock` until `native_ended` is called.
+
+        Returns:
+            None where only `forward` knows what to do.
+        """
+        del act, biases
+        return None
+
+    def native_ended(self, result: int) -> None:
+        """Learn what native code returned for that: NO_ROOM is for `forward` to do again.
+
+        Raises:
+            ReadError: flash failed; the model stays usable.
+        """
+        del result
+
+    def looks_at(self, following: Engine) -> bool:
+        """Whether native code is to guess meanwhile what another engine will want, whose `as_native` was called."""
+        del following
+        return False
+
+    def note_native(self, recorder: trace.Recorder, begun: float, stop: float) -> None:
+        """As `note_spans`, of what native code did from one time.perf_counter() to another."""
+        del recorder, begun, stop
 
     def note_spans(self, recorder: trace.Recorder) -> None:
         """Tell who records what the last `forward` kept back, since to tell it takes time."""

@@ -60,7 +60,8 @@ class FlashFFN(nn.Module):
         self.block = block
         self.engine: Engine | None = None
         self.stats: FlashStats | None = None  # set on the first FFN of the model: it counts the tokens
-        self.on_pass: Sequence[Callable[[], None]] = ()  # set there, and on a decoder's first: called as a pass begins
+        # Set there, on a decoder's first and on the first with an early gate: called with the tokens as a pass begins.
+        self.on_pass: Sequence[Callable[[int], None]] = ()
         self.trim = False  # set there too: a tokenizer that was loaded meanwhile, or a long pass, left freed memory
         self.order: torch.Tensor | None = None  # [d_ffn] neuron of each row on flash; biases are the stock model's
         self._ordered: dict[bool, tuple[object, torch.Tensor]] = {}  # up's bias or the gate's, and what it was made of
@@ -162,20 +163,21 @@ class FlashFFN(nn.Module):
         if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
             y = self.decode(x)
         else:
-            begun = self._begin(x)
+            begun = self._begin(x, True)
             x = self.cast(x)
             with torch.autocast("cpu", enabled=False):  # gates and sums choose their own precision
                 y = self._differentiable(x)
             self._end(begun)
         return y + residual[0] if residual and self.block.takes_residual else y
 
-    def decode(self, x: torch.Tensor, biases: ops.Biases | None = None) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, biases: ops.Biases | None = None, begins: bool = True) -> torch.Tensor:
         """The block's output for who knows that no gradient, no autocast and no residual is asked for.
 
         Args:
             biases: what `biases` gave, if that is known.
+            begins: False for who has called `begin_pass` already.
         """
-        begun = self._begin(x)
+        begun = self._begin(x, begins)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         assert self.engine is not None
@@ -184,7 +186,7 @@ class FlashFFN(nn.Module):
             self._end(begun)
         return y
 
-    def _begin(self, x: torch.Tensor) -> float:
+    def _begin(self, x: torch.Tensor, begins: bool) -> float:
         """Returns when, if somebody records that."""
         begun = 0.0 if trace.active is None else time.perf_counter()
         if self.engine is None:
@@ -192,9 +194,19 @@ class FlashFFN(nn.Module):
                 f"{self.block.path} has no flash checkpoint behind it: load the model with from_pretrained, or "
                 "call hf_flash.patch(model)."
             )
-        if self.stats is not None or self.on_pass:
-            self._begin_pass(x.numel() // x.shape[-1])
+        if begins and self.begins_passes:
+            self.begin_pass(x.numel() // x.shape[-1])
         return begun
+
+    @property
+    def native_act(self) -> ops.Activation | None:
+        """`own_activation`, where native code may compute the whole block for a bfloat16 token; None where not."""
+        return None if self.engine is None or self.compute_dtype is not None else self._act_home[self._act_name]
+
+    @property
+    def begins_passes(self) -> bool:
+        """Whether a pass of the model, or of its decoder, begins with this block."""
+        return self.stats is not None or bool(self.on_pass)
 
     def _end(self, begun: float) -> None:
         if begun and trace.active is not None and self.engine is not None:
@@ -209,15 +221,18 @@ class FlashFFN(nn.Module):
         """`x` in the dtype that the stock block would compute in."""
         return ops.autocast_input(x) if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def _begin_pass(self, n_tokens: int) -> None:
-        """A pass of the model begins; freed memory goes back to the system after a long one, and before the first."""
+    def begin_pass(self, n_tokens: int) -> None:
+        """A pass of the model begins, if it `begins_passes`.
+
+        Freed memory goes back to the system after a long one, and before the first.
+        """
         if self.stats is not None:
             self.stats.add(n_tokens=n_tokens, n_forwards=1)
             if self.trim and (n_tokens <= MAX_TOKENS or self.stats.n_forwards == 1):
                 trim_malloc()
             self.trim = n_tokens > MAX_TOKENS
         for call in self.on_pass:
-            call()
+            call(n_tokens)
 
     def _differentiable(self, x: torch.Tensor) -> torch.Tensor:
         """The block's output, with a gradient where one is wanted."""

@@ -26,6 +26,24 @@ CACHE_NAMES = ("cache", "past_key_values")  # of a model's argument and of its o
 PAGE_TOKENS = 64  # of a head in a page, or fewer: each head begins a page of its own
 
 
+class _Held:
+    """`keys` or `values` of a GrowingLayer: a view that is made when somebody asks; another may be set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, layer: GrowingLayer | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        layer.show()
+        return getattr(layer, self._name)
+
+    def __set__(self, layer: GrowingLayer, value: torch.Tensor | None) -> None:
+        layer.show()
+        setattr(layer, self._name, value)
+        layer._like = None  # of what is held nothing is known any more
+
+
 class GrowingLayer(DynamicLayer):
     """One layer's cache: `keys` and `values`, [batch, n_heads, n_tokens, head_dim], are views of longer tensors.
 
@@ -37,42 +55,56 @@ class GrowingLayer(DynamicLayer):
     """
 
     n_reserved = 0
+    keys: Any = _Held()
+    values: Any = _Held()
+    _keys = _values = None
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
-    # What `keys` and `values` were set to last, and the shapes of what was appended then: if nothing else was done
-    # since, as from token to token, there is nothing to find out.
-    _last: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None
-    _where: tuple[Any, int, int] | None = None  # rooms, and where their first numbers lie
-    _next: tuple[torch.Tensor, torch.Tensor, torch.Size, torch.Size] | None = None  # what `_last` will be
+    _where: tuple[Any, int, int, int] | None = None  # rooms, where their first numbers lie, tokens that they are for
+    # The shapes of the keys and values that were appended last, if nothing else was done since, as from token to token:
+    # then rooms hold `_n` tokens, and there is nothing to find out.
+    _like: tuple[torch.Size, torch.Size] | None = None
+    _n = 0
+    _is_shown = True  # whether `_keys` and `_values` are all tokens
+    _awaits = -1  # the row that `next_row` told of
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens' keys and values, [batch, n_heads, n, head_dim]; returns those of all tokens."""
-        last, rooms = self._last, self._rooms
+        like, rooms, n_new = self._like, self._rooms, key_states.shape[-2]
+        self._awaits = -1
         if (
-            last is not None and rooms is not None and self.keys is last[0] and self.values is last[1]
-            and key_states.shape == last[2] and value_states.shape == last[3] and not torch.is_grad_enabled()
+            like is not None and rooms is not None and key_states.shape == like[0] and value_states.shape == like[1]
             and key_states.dtype is rooms[0].dtype and value_states.dtype is rooms[1].dtype
-            and last[0].shape[2] + last[2][2] <= min(rooms[0].shape[2], rooms[1].shape[2])
+            and self._n + n_new <= min(rooms[0].shape[2], rooms[1].shape[2]) and not torch.is_grad_enabled()
         ):  # fmt: skip
-            self.keys = _append(rooms[0], last[0], key_states)
-            self.values = _append(rooms[1], last[1], value_states)
-            self._last, self._next = (self.keys, self.values, last[2], last[3]), None
-            return self.keys, self.values
-        self._last = self._next = None
+            for room, states in zip(rooms, (key_states, value_states), strict=True):
+                room.narrow(2, self._n, n_new).copy_(states)
+            self._n, self._is_shown = self._n + n_new, False
+            self.show()
+            return self._keys, self._values  # type: ignore[return-value]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        if not (_can_append(self.keys, key_states) and _can_append(self.values, value_states)):
+        keys, values = self.keys, self.values
+        self._like = None
+        assert keys is not None and values is not None
+        if not (_can_append(keys, key_states) and _can_append(values, value_states)):
             return super().update(key_states, value_states, *args, **kwargs)
         before = rooms or (None, None)
-        more_keys = _room(before[0], self.keys, key_states, self.n_reserved)
-        more_values = _room(before[1], self.values, value_states, self.n_reserved)
+        more_keys = _room(before[0], keys, key_states, self.n_reserved)
+        more_values = _room(before[1], values, value_states, self.n_reserved)
         self._rooms = more_keys, more_values
-        self.keys = _append(more_keys, self.keys, key_states)
-        self.values = _append(more_values, self.values, value_states)
-        self._last = self.keys, self.values, key_states.shape, value_states.shape
-        return self.keys, self.values
+        self.keys = keys = _append(more_keys, keys, key_states)
+        self.values = values = _append(more_values, values, value_states)
+        if keys.shape[2] == values.shape[2]:
+            self._n, self._like = keys.shape[2], (key_states.shape, value_states.shape)
+        return keys, values
+
+    def show(self) -> None:
+        """Have all tokens in `keys` and `values`."""
+        if not self._is_shown and self._rooms is not None:
+            self._keys, self._values = (room.narrow(2, 0, self._n) for room in self._rooms)
+            self._is_shown = True
 
     def next_row(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int] | None:
         """Where to write a token that is like the one before, in place of `update`; `took_row` follows.
@@ -84,37 +116,31 @@ class GrowingLayer(DynamicLayer):
             Addresses of the first token's keys and values, elements from one head to the next, and the number of
             tokens before; None where only `update` knows what to do.
         """
-        last, rooms, where = self._last, self._rooms, self._where
-        if last is None or rooms is None or self.keys is not last[0] or self.values is not last[1]:
-            return None
-        if last[2] != shape or last[3] != shape:
+        like, rooms, where, n = self._like, self._rooms, self._where, self._n
+        if like is None or rooms is None or like[0] != shape or like[1] != shape:
             return None
         if where is None or where[0] is not rooms:
             if not rooms[0].dtype == rooms[1].dtype == dtype or rooms[0].shape != rooms[1].shape:
                 return None
-            self._where = where = rooms, rooms[0].data_ptr(), rooms[1].data_ptr()
-        n, room = last[0].shape[2], rooms[0].shape[2]
-        if n >= room:
+            self._where = where = rooms, rooms[0].data_ptr(), rooms[1].data_ptr(), rooms[0].shape[2]
+        if n >= where[3]:
             return None
-        self._next = rooms[0].narrow(2, 0, n + 1), rooms[1].narrow(2, 0, n + 1), last[2], last[3]
-        return where[1], where[2], room * shape[3], n
+        self._awaits = n
+        return where[1], where[2], where[3] * shape[3], n
 
     @property
     def awaits_row(self) -> bool:
         """Whether what `next_row` said still holds."""
-        last = self._last
-        return self._next is not None and last is not None and self.keys is last[0] and self.values is last[1]
+        return self._like is not None and self._awaits == self._n
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the row that `next_row` told of, [1, n_heads, head_dim] each; not held yet."""
-        assert self._next is not None
-        return self._next[0][:, :, -1], self._next[1][:, :, -1]
+        assert self._rooms is not None
+        return self._rooms[0][:, :, self._awaits], self._rooms[1][:, :, self._awaits]
 
     def took_row(self) -> None:
         """Hold one token more: it has been written to where `next_row` said."""
-        self._last, self._next = self._next, None
-        assert self._last is not None
-        self.keys, self.values = self._last[0], self._last[1]
+        self._n, self._awaits, self._is_shown = self._awaits + 1, -1, False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Put the sequences in another order, where they lie: no plan has room for a copy of every layer."""
@@ -128,13 +154,13 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._rooms = self._last = self._where = self._next = None
+        self._is_shown, self._rooms, self._where = True, None, None
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens, not the room for more."""
-        held = {name: t.clone() for name in ("keys", "values") if (t := getattr(self, name, None)) is not None}
-        return {**vars(self), "_rooms": None, "_last": None, "_where": None, "_next": None, **held}
+        held = {f"_{name}": t.clone() for name in ("keys", "values") if (t := getattr(self, name)) is not None}
+        return {**vars(self), "_rooms": None, "_where": None, "_like": None, **held}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +296,8 @@ def _adopt(cache: Cache, n_reserved: int) -> None:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = new = GrowingLayer()
-            vars(new).update(vars(layer))
+            for name, value in vars(layer).items():
+                setattr(new, name, value)
             new.n_reserved = n_reserved
 
 

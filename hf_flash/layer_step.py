@@ -1,8 +1,9 @@
-"""One token through a decoder layer as far as its FFN in one native call: norm, attention, sum, norm.
+"""One token through decoder layers in one native call: norm, attention, sum, norm, FFN, sum, and the next layer.
 
 What attention_step.py does for an attention, for the layers of models that add an FFN to an attention and norm before
-each. The FFN stays a module (FlashFFN), and what stands behind it in the layer does nothing to a decoded token. Nothing
-relies on how transformers spells a layer now: each one's first token goes both ways.
+each. The first layer that is called prepares those behind it and has native code run them, as far as their FFNs are
+native code's too (`Engine.as_native`); each of them then only looks whether it is called with what was foreseen, and
+gives what is there. Nothing relies on how transformers spells a layer now: each one's first token goes both ways.
 """
 
 from __future__ import annotations
@@ -14,18 +15,16 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from hf_flash import native, norms, trace
-from hf_flash.attention_step import AttentionStep, Parts, Token, addresses, is_stock, is_watched, proves
+from hf_flash import layer_calls, norms, trace
+from hf_flash.attention_step import AttentionStep, Parts, Token, Watchers, addresses, is_stock, proves
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import GrowingLayer
-from hf_flash.ops import Biases
-
-_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+from hf_flash.layer_calls import NOTHING, LayerCall, Told, Unchanging
 
 
 @dataclass(frozen=True)
@@ -49,30 +48,6 @@ KINDS = {
 RMS_NORMS = {f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2")}
 
 
-class _Step(ctypes.Structure):
-    """The fields of _native/layer_step.cpp, in its order."""
-
-    _fields_ = [("attention", _P), ("d", _I), ("first_eps", _F), ("second_eps", _F)]
-
-
-class _Call(NamedTuple):
-    """What one layer is going to do to a token. It keeps no cache alive: a pass may be left before its turn comes."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    z: torch.Tensor
-    arguments: tuple[int | None, ...]
-    layer: weakref.ref[GrowingLayer]
-    token: Token
-    ffn: FlashFFN
-    biases: Biases | None  # of the FFN; None where somebody is to be told when that is called
-
-    def holds(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the layer is called as the first one was, and its part of the cache is as it was then."""
-        layer = self.layer()
-        return layer is not None and layer.awaits_row and self.token.holds(kwargs)
-
-
 class LayerStep:
     """The forward of one decoder layer.
 
@@ -89,9 +64,9 @@ class LayerStep:
         self._stock = type(layer).forward.__get__(layer)
         self._modules: dict[str, Any] = {}  # the layer's own
         self._refused, self._proven = False, False
-        self._s: _Step | None = None  # made once: another thread may be using it
+        self._s: Unchanging | None = None  # made once: another thread may be using it
         self.chain, self.at = [self], 0
-        self._ready: dict[int, _Call] = {}  # by thread
+        self._ready: dict[int, LayerCall] = {}  # by thread: what it is going to do, or has done before its turn
         functools.update_wrapper(self, self._stock)
 
     @staticmethod
@@ -111,65 +86,83 @@ class LayerStep:
         """As the stock forward."""
         entered = 0.0 if trace.active is None else time.perf_counter()
         call = self._ready.pop(threading.get_ident(), None)
-        if call is None or call.x is not hidden_states or args or not call.holds(kwargs):
+        if call is None or args or not call.holds(hidden_states, kwargs):
             call = None if args else self._prepare_all(hidden_states, kwargs, alone=call is not None)
-        layer = None if call is None else call.layer()
-        if call is None or layer is None:
+        cache = None if call is None else call.cache()
+        if call is None or cache is None:
             return self._stock(hidden_states, *args, **kwargs)
-        begun = 0.0 if trace.active is None else time.perf_counter()
-        self._run(*call.arguments)
-        if not self.is_proven:
-            return self._prove(layer, call, kwargs)
-        layer.took_row()
-        if begun and trace.active is not None:
-            stop = time.perf_counter()
-            trace.active.add(trace.STEP, entered, stop, self._path)
-            trace.active.add(trace.ATTENTION, begun, stop, self._path)
-        ffn = call.ffn
-        return call.y.add_(ffn(call.z) if call.biases is None else ffn.decode(call.z, call.biases))
+        runs = call.told.done == NOTHING
+        if runs:
+            layer_calls.run(call)
+        if not call.is_proven:
+            return self._prove(cache, call, kwargs)
+        cache.took_row()
+        if entered and trace.active is not None:
+            trace.active.add(trace.STEP, entered, time.perf_counter(), self._path)
+            if runs:  # only now: it is not what is measured
+                call.note(trace.active)
+        return call.result()
 
     @property
     def is_proven(self) -> bool:
         """Whether a token went both ways, with as many threads as there are now."""
         return self._proven and not self._step.proofs_left
 
-    def _prepare_all(self, x: Any, kwargs: dict[str, Any], alone: bool) -> _Call | None:
-        """This layer's call, and those of the layers behind it: here the code for it is in the CPU's caches.
+    def _prepare_all(self, x: Any, kwargs: dict[str, Any], alone: bool) -> LayerCall | None:
+        """What this layer is going to do, and those behind it: here the code for it is in the CPU's caches.
 
         Args:
-            alone: not of those behind it: they are prepared, or each layer is asked for something else.
+            alone: not those behind it: they are prepared, or each layer is asked for something else.
         """
-        if not self.describe():
+        token = self._step.token(x, kwargs) if self.describe() else None
+        if token is None:
             return None
-        token = self._step.token(x, kwargs)
-        first = call = None if token is None else self.prepare(x, token)
-        step, thread = self, threading.get_ident()
-        while token is not None and call is not None and step.is_proven and step.at + 1 < len(step.chain) and not alone:
-            step = step.chain[step.at + 1]
-            call = step.prepare(call.y, token) if step._is_open and step._step.is_like(self._step) else None
-            if call is not None:
-                step._ready[thread] = call
+        behind = [] if alone or self._watchers.any else self.chain[self.at + 1 :]
+        y, *results = layer_calls.results_like(x, 1 + len(behind))
+        scratch = torch.empty_like(x), torch.empty_like(x)
+        first = call = self.prepare(token, x, y, *scratch)
+        thread, traits = threading.get_ident(), self._step.traits
+        indices = range(self._step.index + 1, self._step.n_layers)
+        for index, step, y in zip(indices, behind, results, strict=False):
+            if call is None or not call.is_proven or not step._can_be_early(index, traits):
+                break
+            following = step.prepare(token, call.y, y, *scratch)
+            if following is not None:
+                step._ready[thread] = call.following = following
+            call = following
         return first
 
-    @property
-    def _is_open(self) -> bool:
-        """Whether it can be prepared before its turn: nobody changes the layer when that comes."""
-        return self.describe() and vars(self._layer).get("forward") is self and not is_watched(self._layer)
+    def _can_be_early(self, index: int, traits: tuple[Any, ...]) -> bool:
+        """Whether it can be run before its turn: nobody changes the layer when that comes, nor its input.
 
-    def prepare(self, x: torch.Tensor, token: Token) -> _Call | None:
-        """Find out what native code is to be told; None where the stock forward is to be called."""
-        ffn = self._modules[self._kind.ffn]
-        if self._layer.training or type(ffn) is not FlashFFN or not self._parts.are_plain():
+        Args:
+            index: of the layer in the model. traits: of the attention, as AttentionStep has them.
+        """
+        if not self.describe() or self._watchers.any or self._own.get("forward") is not self:
+            return False
+        return self._step.index == index and self._step.traits == traits
+
+    def prepare(
+        self, token: Token, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, out: torch.Tensor
+    ) -> LayerCall | None:
+        """Find out what native code is to be told; None where the stock forward is to be called.
+
+        Args:
+            x: the input. y: for the result. z, out: scratch. All are like x, bfloat16 [1, 1, d_model].
+        """
+        ffn = self._ffn
+        if self._layer.training or self._modules[self._kind.ffn] is not ffn or not self._parts.are_plain():
             return None
         weights = addresses([parameters.get(name) for parameters in self._parameters for name in ("weight", "bias")])
         begun = None if weights is None else self._step.begin(token)
         if weights is None or begun is None:
             return None
-        layer, where = begun
-        y, z = torch.empty_like(x), torch.empty_like(x)
-        arguments = self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr()
-        biases = None if is_watched(ffn) or "forward" in vars(ffn) else ffn.biases()
-        return _Call(x, y, z, arguments, weakref.ref(layer), token, ffn, biases)
+        cache, where = begun
+        told = Told(self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr(), out.data_ptr())
+        calls_ffn = self._ffn_watchers.any or "forward" in vars(ffn)
+        return LayerCall(
+            self._path, x, y, z, out, told, weakref.ref(cache), token, ffn, ffn.biases(), calls_ffn, self.is_proven
+        )
 
     def describe(self) -> bool:
         """Tell native code of the layer, once; False where it is none for it."""
@@ -183,31 +176,30 @@ class LayerStep:
         if not (agree and isinstance(step, AttentionStep) and step.describe() and step.d_model == d):
             self._refused = True
             return False
-        lib: Any = native.library()
-        assert lib.hf_flash_layer_step_bytes() == ctypes.sizeof(_Step)
-        self._step, self._run = step, lib.hf_flash_layer_step
+        layer_calls.check()
+        self._step, self._ffn, self._own = step, self._modules[kind.ffn], vars(self._layer)
+        self._watchers, self._ffn_watchers = Watchers([self._layer]), Watchers([self._ffn])
         self._parts = Parts(self._layer, ("self_attn", *kind.norms, *kind.idle), {"self_attn": step})
         self._parameters = [norm._parameters for norm in found]
-        self._s = _Step(step.address, d, *[_eps_of(norm) for norm in found])
+        self._s = Unchanging(step.address, d, *[_eps_of(norm) for norm in found])
         self._address = ctypes.addressof(self._s)
         return True
 
-    def _prove(self, layer: GrowingLayer, call: _Call, kwargs: Any) -> Any:
+    def _prove(self, cache: GrowingLayer, call: LayerCall, kwargs: Any) -> Any:
         """The stock forward's result; what the kernel made of the same token has to be the same."""
-        rows, seen, me = [row.clone() for row in layer.written()], [], threading.get_ident()
+        rows, seen, me = [row.clone() for row in cache.written()], [], threading.get_ident()
 
         def see(module: nn.Module, args: tuple[Any, ...], out: torch.Tensor) -> None:
             if threading.get_ident() == me:
                 seen.append((args[0].clone(), out.clone()))
 
-        ffn: Any = self._modules[self._kind.ffn]
-        handle, self._step.aside = ffn.register_forward_hook(see), me
+        handle, self._step.aside = call.ffn.register_forward_hook(see), me
         try:
             result = self._stock(call.x, **kwargs)
         finally:
             handle.remove()
             self._step.aside = None
-        mine, theirs = [call.z, *rows], [held[:, :, -1] for held in (layer.keys, layer.values) if held is not None]
+        mine, theirs = [call.z, *rows], [held[:, :, -1] for held in (cache.keys, cache.values) if held is not None]
         if len(seen) == 1 and isinstance(result, torch.Tensor):
             mine.append(call.y + seen[0][1].view_as(call.y))
             theirs = [seen[0][0].view_as(call.z), *theirs, result]

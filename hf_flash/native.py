@@ -16,7 +16,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +30,22 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 10
+ABI = 11
+DONE, FAILED, SIGNAL, NO_ROOM = range(4)  # results of calls, as in calls.h
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
 BIAS_FIELDS = tuple(f"{name}_bias" for name in Biases._fields)  # of structs that native code reads
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))  # of what was built for this Python
 _P, _I, _F, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+
+
+class NativeFFN(NamedTuple):
+    """How native code runs an FFN: by a `Step` (step.py), or by a `Sum` over a `Stream`. Addresses, 0 for none."""
+
+    step: int = 0
+    stream: int = 0
+    sum: int = 0
 
 
 def _load() -> ctypes.CDLL | None:
@@ -82,10 +91,10 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_gate.argtypes = [
         _P, _I, _I, _I, *[_P] * 9, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
     ]  # fmt: skip
-    lib.hf_flash_layer_step.restype = None
-    lib.hf_flash_layer_step.argtypes = [*[_P] * 10, _I, _I, *[_P] * 6]
-    lib.hf_flash_layer_step_bytes.restype = _I
-    lib.hf_flash_layer_step_bytes.argtypes = []
+    lib.hf_flash_layers.restype = _N
+    lib.hf_flash_layers.argtypes = [_P]
+    lib.hf_flash_layer_bytes.restype = None
+    lib.hf_flash_layer_bytes.argtypes = [_P]
     lib.hf_flash_norms.restype = _N
     lib.hf_flash_norms.argtypes = []
     lib.hf_flash_norm_scale.restype = None
@@ -93,7 +102,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_norm.restype = None
     lib.hf_flash_norm.argtypes = [_P, _I, _P, _P, _F, _P]
     lib.hf_flash_step.restype = _N
-    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N]
+    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N, _P]
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
     lib.hf_flash_step_land.restype = _N

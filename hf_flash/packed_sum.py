@@ -80,13 +80,8 @@ class PackedSum:
             What native code reads and writes; to be held until the last neurons are added. None where this is nothing
             for the kernels.
         """
-        dtype = x.dtype
-        if act is not self._act or dtype is not self._dtype or torch.get_num_threads() != self._n_threads:
-            self._understand(act, dtype)
-        if not self._can or x.numel() > self._most:
+        if x.numel() > self._most or not self.prepare(x.dtype, act, biases):
             return None
-        if biases is not self._biases.known:
-            self._biases.point(biases, dtype)
         if self.exact:
             if not x.is_contiguous():
                 x = x.contiguous()
@@ -94,6 +89,14 @@ class PackedSum:
         self._s.n_tokens, self._down = x.numel() // x.shape[-1], biases.down
         x = x.float().contiguous()
         return x, x.new_zeros(*x.shape[:-1], self._s.d_out)
+
+    def prepare(self, dtype: torch.dtype, act: Activation, biases: Biases) -> bool:
+        """Tell native code what may have changed; False where this is none for the kernels."""
+        if act is not self._act or dtype is not self._dtype or torch.get_num_threads() != self._n_threads:
+            self._understand(act, dtype)
+        if self._can and biases is not self._biases.known:
+            self._biases.point(biases, dtype)
+        return self._can
 
     def add(self, begun: Begun, neurons: slice, rows: torch.Tensor) -> None:
         """Add some neurons.

@@ -24,10 +24,11 @@ from typing import Any
 from torch import nn
 
 from hf_flash import trace
-from hf_flash.attention_step import NO_WATCHER
+from hf_flash.attention_step import NO_WATCHER, AttentionStep
 from hf_flash.errors import FlashConfigError, FlashError
 from hf_flash.ffn import FlashFFN
 from hf_flash.format import atomic_text, explain_full_disk
+from hf_flash.layer_step import LayerStep
 from hf_flash.layout import format_size
 from hf_flash.save import runtime_of
 from hf_flash.trace import Recorder, Span
@@ -36,7 +37,7 @@ REST, PYTHON, OTHER = "norms and the rest of transformers", "our own Python", "s
 # Row of the table -> spans whose own time it sums. A span of any other name gets a row of that name.
 _ROWS = {
     "attention": (trace.ATTENTION,),
-    REST: (trace.FORWARD, trace.LAYER, trace.NORM, trace.EMBEDDING),
+    REST: (trace.FORWARD, trace.LAYER, trace.NATIVE, trace.NORM, trace.EMBEDDING),
     "FFN: gate scan": (trace.GATE_SCAN,),
     "FFN: arithmetic": (trace.ARITHMETIC,),
     PYTHON: (trace.FFN, trace.GATE, trace.STEP),
@@ -58,9 +59,9 @@ class Breakdown:
         token_s: mean seconds of a token. median_s: the median.
         rows: what -> mean seconds per token; they sum to `token_s`.
         read_bytes: bytes per token whose reads were started during it.
-        python_s: mean seconds per token and FFN layer inside FlashFFN.forward, and in what layer_step.py does in the
-            place of a layer's modules, outside native kernels and matrix products, gate scans, the submission of reads
-            and waits.
+        python_s: seconds per FFN layer of the median token inside FlashFFN.forward, and in what layer_step.py does in
+            the place of a layer's modules, outside native kernels and matrix products, gate scans, the submission of
+            reads and waits. `rows` has the mean, with what is done once, as kernels are compared with torch's.
     """
 
     n_tokens: int
@@ -89,7 +90,8 @@ class Breakdown:
             f"(median {self.median_s * 1e3:.3f} ms); {format_size(self.read_bytes)} read per token"
         )
         lines.append(
-            f"our own Python: {self.python_s * 1e6:.0f} µs per FFN layer and token, outside native calls and waits"
+            f"our own Python: {self.python_s * 1e6:.0f} µs per FFN layer of the median token, outside native calls and "
+            "waits"
         )
         return "\n".join(lines)
 
@@ -246,15 +248,18 @@ def _timed(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
 
 def _parts(module: nn.Module, path: str, layers: set[str]) -> Iterator[tuple[nn.Module, str, str]]:
     """What is below a module: layers with an FFN of ours, attentions and norms; nothing inside those, no FFN."""
+    is_step = isinstance(vars(module).get("forward"), LayerStep)  # its norms are part of what is left of the layer
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         kind = type(child).__name__.lower()
-        if isinstance(child, FlashFFN):
+        if isinstance(child, FlashFFN) or isinstance(vars(child).get("forward"), AttentionStep):
             continue  # these time themselves
         if any(isinstance(inner, FlashFFN) for inner in child.modules()):
             if below in layers:
                 yield child, trace.LAYER, below
             yield from _parts(child, below, layers)
+        elif "norm" in kind and is_step:
+            continue
         elif "norm" in kind:
             yield child, trace.NORM, below
         elif "attention" in kind or re.search(r"attn|attention", name):
@@ -288,14 +293,15 @@ def summarize(spans: Sequence[Span]) -> Breakdown:
     if not tokens:
         return Breakdown(0, 0.0, 0.0, 0.0, {}, 0.0, 0.0)
     rows = dict.fromkeys([*_ROWS, OTHER], 0.0)
-    n_ffns, at = 0, 0
+    at, n_ffns, python = 0, [0] * len(tokens), [0.0] * len(tokens)
     for span, seconds in zip(mine, own, strict=True):
         while at < len(tokens) and span.start >= tokens[at][1]:
             at += 1
         if at < len(tokens) and span.start >= tokens[at][0]:
             row = _ROW_OF.get(span.name, span.name)
             rows[row] = rows.get(row, 0.0) + seconds
-            n_ffns += span.name == trace.FFN
+            n_ffns[at] += span.name == trace.FFN
+            python[at] += seconds if row == PYTHON else 0.0
     n = len(tokens)
     total = sum(stop - start for start, stop in tokens)
     rows[OTHER] = total - sum(rows.values())
@@ -305,10 +311,10 @@ def summarize(spans: Sequence[Span]) -> Breakdown:
         if s.name == trace.READ and any(start <= s.start < stop for start, stop in tokens)
     )
     return Breakdown(
-        n_tokens=n, n_ffns=n_ffns / n, token_s=total / n,
+        n_tokens=n, n_ffns=sum(n_ffns) / n, token_s=total / n,
         median_s=statistics.median(stop - start for start, stop in tokens),
         rows={name: seconds / n for name, seconds in rows.items() if seconds}, read_bytes=read / n,
-        python_s=rows[PYTHON] / max(n_ffns, 1),
+        python_s=statistics.median(own / max(1, ffns) for own, ffns in zip(python, n_ffns, strict=True)),
     )  # fmt: skip
 
 

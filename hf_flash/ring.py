@@ -15,11 +15,11 @@ import torch
 from hf_flash import native, trace
 from hf_flash.layout import DATA_ALIGN
 from hf_flash.memory import Row, shares
+from hf_flash.native import FAILED, SIGNAL
 from hf_flash.packed_sum import Begun, PackedSum
 from hf_flash.readers import UringReader
 from hf_flash.stats import Counters, FlashStats
 
-FAILED, SIGNAL = 1, 2
 WANTED, NOT_WANTED = -1, -2
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -141,13 +141,26 @@ class NativeRing:
         Raises:
             ReadError: a read failed; the sum is worthless, the ring is usable again.
         """
-        if trace.active is not self._recorder or total.unit == self._first:
-            self._listen(total.unit)
-        self._reader.check_open()
+        self.expect(total)
         x, out = begun
         result = self._sum(self._address, total.address, x.data_ptr(), out.data_ptr())
         while result == SIGNAL:  # its handler runs between the calls, and may raise
             result = self._sum(self._address, total.address, None, None)
+        self.ended(result)
+
+    def expect(self, total: PackedSum) -> int:
+        """Native code is to add a whole unit to a sum; returns the ring's address."""
+        if trace.active is not self._recorder or total.unit == self._first:
+            self._listen(total.unit)
+        self._reader.check_open()
+        return self._address
+
+    def ended(self, result: int) -> None:
+        """Learn what a native call returned that was not to be called again.
+
+        Raises:
+            ReadError: a read failed; the ring is usable again.
+        """
         if result:
             raise self._failure(result)
 
@@ -222,8 +235,7 @@ class NativeRing:
         result = SIGNAL
         while result == SIGNAL:
             result = self._lib.hf_flash_stream_take(self._address, unit, row, ctypes.byref(number))
-        if result:
-            raise self._failure(result)
+        self.ended(result)
 
     def _failure(self, result: int) -> BaseException:
         assert result == FAILED, "more chunks in use than the ring has"

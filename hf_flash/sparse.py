@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Generator, Iterator
 
@@ -15,6 +16,7 @@ from hf_flash.cache import NeuronCache
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.gates import CertifiedGate, Gate, ThresholdGate
 from hf_flash.memory import round_up
+from hf_flash.native import NativeFFN
 from hf_flash.packing import sparse_ffn
 from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
@@ -79,6 +81,32 @@ class SparseEngine(Engine):
         if len(self._ahead_neurons):
             self._count_ahead(neurons)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The cache's."""
+        return self.cache.lock
+
+    def as_native(self, act: ops.Activation, biases: ops.Biases) -> NativeFFN | None:
+        step = self._step
+        if step is None or self._ahead is not None or len(self._ahead_neurons):
+            return None
+        return step.as_native if step.prepare(torch.bfloat16, act, biases) else None
+
+    def native_ended(self, result: int) -> None:
+        assert self._step is not None
+        try:
+            self._step.ended(result)
+        except BaseException:
+            self._forget()
+            raise
+
+    def looks_at(self, following: Engine) -> bool:
+        return following is self._next and self._trial.on
+
+    def note_native(self, recorder: trace.Recorder, begun: float, stop: float) -> None:
+        assert self._step is not None
+        self._step.note_native(recorder, begun, stop)
 
     def note_spans(self, recorder: trace.Recorder) -> None:
         if self._step is not None:

@@ -71,6 +71,7 @@ class NativeStep:
         self._lib, self._reader, self._layer, self._cache, self._stats = lib, store.reader, layer, cache, stats
         self._s = s = _Step()
         self._address = ctypes.addressof(s)
+        self.as_native = native.NativeFFN(step=self._address)
         layout, sketch = layer.layout, gate.sketch
         n = layer.n_neurons
         self._ids, self._offset = np.empty((5, n), np.int64), sketch.offset()
@@ -137,30 +138,50 @@ class NativeStep:
         Raises:
             ReadError: flash failed.
         """
-        s, dtype = self._s, x.dtype
+        s = self._s
+        if not self.prepare(x.dtype, act, biases):
+            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
+        begun = 0.0 if trace.active is None else time.perf_counter()
+        result = self._step(self._address, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks, None)
+        if result:
+            self.ended(result)
+            return None
+        if begun and trace.active is not None:
+            self._traced = begun, time.perf_counter()
+        return y
+
+    def prepare(self, dtype: torch.dtype, act: Activation, biases: Biases) -> bool:
+        """Tell native code what may have changed; False where this is none for the kernels."""
         if act is not self._act or dtype is not self._dtype:
             self._understand(act, dtype)
         if not self._known:
-            return None
+            return False
         if self._reader.ring is None:
             self._reader.check_open()
         if self._window is not self._cache.window:
             self.point()
         if biases is not self._biases.known:
             self._biases.point(biases, dtype)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
-        begun = 0.0 if trace.active is None else time.perf_counter()
-        result = self._step(self._address, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks)
-        if result == 3:  # what it read will be found in DRAM, by whoever does it the other way now
-            self._stats.add(neurons_hit=-s.n_read, neurons_read=s.n_read)
-            return None
-        if result == 1:
+        return True
+
+    def ended(self, result: int) -> None:
+        """Learn what a native call returned.
+
+        Raises:
+            ReadError: flash failed.
+        """
+        if result == native.NO_ROOM:  # what it read will be found in DRAM, by whoever does it the other way now
+            self._stats.add(neurons_hit=-self._s.n_read, neurons_read=self._s.n_read)
+        elif result:
             raise self._failure()
-        if begun and trace.active is not None:
-            self._traced = begun, time.perf_counter()
-        return y
+
+    def note_native(self, recorder: trace.Recorder, begun: float, stop: float) -> None:
+        """Tell where the time of a step went that began and ended then."""
+        self._traced = begun, stop
+        self.note_spans(recorder)
 
     def note_spans(self, recorder: trace.Recorder) -> None:
         """Tell who records where the time of the last step went, if that was traced and not told."""
@@ -187,7 +208,7 @@ class NativeStep:
         """Wait until nothing is written into the slots any more; errors are not raised."""
         for name in ("early", "batch"):
             batch = getattr(self._s, name)
-            while batch and self._lib.hf_flash_batch_wait(self._s.ring, batch) == 2:
+            while batch and self._lib.hf_flash_batch_wait(self._s.ring, batch) == native.SIGNAL:
                 pass
             if batch:
                 self._lib.hf_flash_batch_free(batch)

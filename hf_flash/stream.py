@@ -255,6 +255,23 @@ class Stream:
             ring.sum(total, begun)
             return begun[1] if total.exact else total.end(begun)
 
+    def as_native(self, total: PackedSum, act: Activation, biases: Biases) -> int | None:
+        """Address of the ring for native code that gives the sum over all rows of a unit, for one bfloat16 token.
+
+        Hold the lock. None where this cannot be had.
+        """
+        ring = self._ring or self._native()
+        return ring.expect(total) if ring is not None and total.prepare(torch.bfloat16, act, biases) else None
+
+    def native_ended(self, result: int) -> None:
+        """Learn what native code returned for that.
+
+        Raises:
+            ReadError: a read failed; the stream is usable again.
+        """
+        if self._ring is not None:
+            self._ring.ended(result)
+
     def _comes(self, unit: int) -> None:
         """Learn that a unit follows the one before."""
         if self._table[unit].next < 0:

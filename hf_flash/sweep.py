@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hf_flash import native, ops, ordered, trace
 from hf_flash.engine import Engine, Piece, WorkBuffers
 from hf_flash.memory import aligned_empty
+from hf_flash.native import NativeFFN
 from hf_flash.packed_sum import Begun, PackedSum
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashLayer
@@ -51,10 +53,10 @@ class SweepEngine(Engine):
         stream.announce_pin(self._unit, self._pin)
         self._pinned: torch.Tensor | None = None  # [pin, row_bytes], rows of a layer pinned in part, or packed
         self._dense: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None  # gate, up, down (stock)
-        self._max_tokens = max_tokens
+        self._max_tokens, self._native = max_tokens, NativeFFN()
 
     def forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
-        if self._sum is not None and (self._pinned is not None or self._pin == 0):  # no row is to be kept on the way
+        if self._sum is not None and self._has_its_rows:
             y = self._stream.sum(self._sum, x, act, biases)
             if y is not None:
                 return y
@@ -65,6 +67,28 @@ class SweepEngine(Engine):
             parts = [self._forward(part, act, biases) for part in flat.split(self._max_tokens)]
             return torch.cat(parts).view(*x.shape[:-1], -1)
         return self._forward(x, act, biases)
+
+    @property
+    def _has_its_rows(self) -> bool:
+        """Whether no row is to be kept on the way."""
+        return self._pinned is not None or self._pin == 0
+
+    @property
+    def lock(self) -> threading.RLock:
+        """The stream's."""
+        return self._stream.lock
+
+    def as_native(self, act: ops.Activation, biases: ops.Biases) -> NativeFFN | None:
+        total = self._sum
+        if total is None or not total.exact or not self._has_its_rows:
+            return None
+        ring = self._stream.as_native(total, act, biases)
+        if ring != self._native.stream:
+            self._native = NativeFFN(stream=ring or 0, sum=total.address)
+        return None if ring is None else self._native
+
+    def native_ended(self, result: int) -> None:
+        self._stream.native_ended(result)
 
     def _forward(self, x: torch.Tensor, act: ops.Activation, biases: ops.Biases) -> torch.Tensor:
         if self._dense is None:

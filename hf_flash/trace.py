@@ -22,7 +22,7 @@ FLASH = 0  # the track of reads; threads have their idents, which are not 0
 
 # What spans are called. Whoever times a new thing may use a new name: it gets a row of its own in the table.
 FORWARD, LAYER, ATTENTION, NORM, EMBEDDING, HEAD = "forward", "layer", "attention", "norm", "embedding", "head"
-STEP = "layer step"
+STEP, NATIVE, BALANCE = "layer step", "layer in native code", "balancing the cache"
 FFN, GATE, GATE_SCAN, EARLY, ARITHMETIC = "ffn", "gate", "gate scan", "early gate", "arithmetic"
 WAIT, SUBMIT, READ, STREAM = "wait for flash", "submit reads", "read", "stream"
 

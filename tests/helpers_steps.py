@@ -17,6 +17,7 @@ import hf_flash
 from hf_flash import attention, native, tight
 from hf_flash.attention_step import AttentionStep
 from hf_flash.kv import CACHE_NAMES
+from hf_flash.layer_calls import NOTHING, LayerCall
 from hf_flash.layer_step import LayerStep
 
 LIB = native.library()
@@ -67,27 +68,43 @@ class Model:
     """A model from flash whose matrices are packed.
 
     Attributes:
-        steps: of its attentions, or of its layers. n: native calls that they made.
+        steps: of its attentions, or of its layers. n: tokens that native calls took through one of them.
     """
 
     def __init__(self, folder: Path, what: type, **options: Any) -> None:
         with packing_plan():
             self.flash = load(folder, **options)
-        self.n = 0
+        self._n = 0
         for module in self.flash.modules():
             if what is AttentionStep and isinstance(vars(module).get("forward"), LayerStep):
                 del module.forward
         self.steps = steps_of(self.flash, what)
+        self._calls: list[LayerCall] = []
         for step in self.steps:
             assert step.describe()
-            step._run = self._counted(step._run)
+            if what is AttentionStep:
+                step._run = self._counted(step._run)
+            else:
+                step.prepare = self._kept(step.prepare)
 
     def _counted(self, true: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
-            self.n += 1
+            self._n += 1
             true(*args)
 
         return run
+
+    def _kept(self, true: Callable[..., LayerCall | None]) -> Callable[..., LayerCall | None]:
+        def prepare(*args: Any) -> LayerCall | None:
+            call = true(*args)
+            self._calls += [call] if call is not None else []
+            return call
+
+        return prepare
+
+    @property
+    def n(self) -> int:
+        return self._n + sum(call.told.done != NOTHING for call in self._calls)
 
     def tokens(self, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
         return greedy(self.flash, ids, N, **options)

@@ -307,7 +307,7 @@ def test_run_says_where_the_time_goes(flash: Path, tmp_path: Path) -> None:
     words = ["run", flash, "-p", "w5 w6", "-n", 6, "-m", CAP, "--profile", tmp_path / "trace.json"]
     result = hf(*words)
     assert result.exit_code == 0, result.stderr
-    assert "attention" in result.stderr and "µs per FFN layer and token" in result.stderr
+    assert "attention" in result.stderr and "µs per FFN layer of the median token" in result.stderr
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     figures = said(*words)
     assert figures["profile"]["n_tokens"] == len(figures["token_ids"]) - 2

@@ -33,6 +33,7 @@ from transformers.models.opt import modeling_opt
 
 import hf_flash
 from hf_flash import norms, trace
+from hf_flash.layer_calls import NOTHING, WHOLE
 from hf_flash.layer_step import KINDS, LayerStep
 
 pytestmark = pytest.mark.skipif(
@@ -217,18 +218,30 @@ def test_a_deep_model_can_be_copied(folder_of: Folders, opt: tuple[Model, torch.
     assert len(copy.deepcopy(chain[0]._layer).forward.chain) == len(chain) == 122
 
 
-def test_a_pass_that_was_left_keeps_no_cache(opt: tuple[Model, torch.Tensor]) -> None:
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_pass_that_was_left_keeps_no_cache(opt: tuple[Model, torch.Tensor], when: str) -> None:
+    """Stopped when the layers are prepared, or when all have run and the second is about to say so."""
     model, want = opt
     model.tokens()
+    ffn, second = model.steps[0]._layer.fc1, model.steps[1]._layer
+    others, handles = ffn.on_pass, []
+
+    def hook(n_tokens: int) -> None:
+        handles.append(second.register_forward_pre_hook(_stop))
+
     cache = DynamicCache(config=model.flash.config)
     with torch.no_grad():
         for part in IDS.split([6, 1, 1, 1], 1):
             model.flash(part, use_cache=True, **{CACHE: cache})
-        handle = model.steps[0]._layer.register_forward_hook(_stop)
+        ffn.on_pass = [_stop if when == "before" else hook]
         with pytest.raises(KeyboardInterrupt):
             model.flash(want[:, 9:10], use_cache=True, **{CACHE: cache})
-        handle.remove()
-    assert model.steps[1]._ready
+        ffn.on_pass = others
+        for handle in handles:
+            handle.remove()
+    (ready,) = model.steps[1]._ready.values()
+    assert ready.told.done == (NOTHING if when == "before" else WHOLE)
+    del ready
     alive = [weakref.ref(cache), *map(weakref.ref, cache.layers), *map(weakref.ref, held(cache))]
     del cache
     gc.collect()

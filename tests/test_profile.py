@@ -49,9 +49,9 @@ def test_a_generation(
     needed = {"attention", REST, "FFN: arithmetic", PYTHON, "waiting for flash", "head", OTHER}
     assert needed <= set(found.rows) and ("FFN: gate scan" in found.rows) == (gate == "certified")
     assert 0 < found.python_s < found.token_s / 4
-    assert found.rows[PYTHON] == pytest.approx(4 * found.python_s)
+    assert 4 * found.python_s <= 2 * found.rows[PYTHON]  # at least half of the tokens take as long as the median one
     text = profile.table()
-    assert "µs per FFN layer and token" in text and all(name in text for name in found.rows)
+    assert "µs per FFN layer of the median token" in text and all(name in text for name in found.rows)
     assert json.loads(json.dumps(found.to_dict()))["n_tokens"] == N - 2
 
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -132,6 +132,7 @@ def test_own_time_is_counted_once() -> None:
         recorder.add_read(at + 1.5, at + 3, 100)
     found = summarize(recorder.spans)
     assert (found.n_tokens, found.token_s, found.median_s, found.n_ffns, found.read_bytes) == (2, 10, 10, 1, 100)
+    assert found.python_s == 1.5
     assert found.rows == {REST: 4, PYTHON: 1.5, "waiting for flash": 2, OTHER: 2, "new thing": 0.5}
     assert summarize([]).n_tokens == 0
     assert "generate three new tokens" in summarize([]).table()

@@ -4,7 +4,7 @@
 #include <chrono>
 #include <cstdint>
 
-// Results of calls. SIGNAL, of those that wait: its handler has to run, then call again.
+// Results of calls; native.py has the same. SIGNAL, of those that wait: its handler has to run, then call again.
 enum { DONE = 0, FAILED = 1, SIGNAL = 2, NO_ROOM = 3 };
 
 struct Counters {  // FlashStats has their meaning, stats.py the same fields; they only grow
@@ -17,7 +17,7 @@ static inline double now() {  // seconds
 }
 
 struct AttentionStep;
-struct LayerStep;
+struct LayerCall;
 struct Step;
 struct Stream;
 struct Sum;
@@ -30,12 +30,8 @@ void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t
                              uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n, const uint16_t *q_bias,
                              const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out);
 void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const uint16_t *bias, float eps, uint16_t *out);
-void hf_flash_layer_step(LayerStep *s, const uint16_t *x, const uint16_t *first_weight, const uint16_t *first_bias,
-                         const uint16_t *second_weight, const uint16_t *second_bias, const uint16_t *cos,
-                         const uint16_t *sin, uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n,
-                         const uint16_t *q_bias, const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias,
-                         uint16_t *y, uint16_t *z);
-int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks);
+int hf_flash_layers(LayerCall **at);
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
                            const int32_t *start, const uint8_t *escapes, const void *x, const void *bias, int64_t T,

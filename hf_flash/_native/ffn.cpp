@@ -112,7 +112,7 @@ int64_t run_bf16(const Ffn &f, float *out) {
 
 extern "C" {
 
-int hf_flash_abi() { return 10; }
+int hf_flash_abi() { return 11; }
 
 // out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.
 int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,

@@ -1,28 +1,86 @@
-// One token through a layer as far as its FFN, in one call: norm, attention, sum, norm.
+// Decoder layers, one after the other, for one token: norm, attention, sum, norm, FFN, sum.
 #include "calls.h"
 #include "common.h"
 
+extern "C" {
 struct LayerStep {  // layer_step.py has the same fields
   AttentionStep *attention;
   int64_t d;
   float first_eps, second_eps;
 };
 
+// What a layer does to a token; layer_step.py has the same fields. Weights of the norms, and biases, which an RMSNorm does
+// not have (null); where the attention's are, as of hf_flash_attention_step; y [d] the result, z [d] the FFN's input and
+// out [d] its output. The FFN is `step`, which may look ahead, or `sum` over `stream`; or none (null) for this call.
+struct LayerCall {
+  LayerStep *layer;
+  const uint16_t *x, *first_weight, *first_bias, *second_weight, *second_bias, *cos, *sin;
+  uint16_t *keys, *values;
+  int64_t kv_head, n;
+  const uint16_t *q_bias, *k_bias, *v_bias, *o_bias;
+  uint16_t *y, *z, *out;
+  Step *step;
+  Stream *stream;
+  Sum *sum;
+  int64_t looks;
+  LayerCall *next;
+  int64_t done;  // by Done
+  double begun, attended, fed, stop;  // when: it began, its attention was done, its FFN, and all
+};
+}
+
+namespace {
+
+enum Done { NOTHING, ATTENDED, SUMMING, WHOLE };  // layer_step.py has the same; ATTENDED: y is x plus the attention
+
+void add(uint16_t *y, const uint16_t *x, const uint16_t *more, int64_t d) {
+  for (int64_t i = 0; i < d; i++) y[i] = bits_bf16(round_bf16(from_bf16(x[i]) + from_bf16(more[i])));
+}
+
+void attend(LayerCall *c) {
+  const LayerStep *s = c->layer;
+  hf_flash_norm(c->x, s->d, c->first_weight, c->first_bias, s->first_eps, c->z);
+  hf_flash_attention_step(s->attention, c->z, c->cos, c->sin, c->keys, c->values, c->kv_head, c->n, c->q_bias, c->k_bias,
+                          c->v_bias, c->o_bias, c->y);
+  add(c->y, c->x, c->y, s->d);
+  hf_flash_norm(c->y, s->d, c->second_weight, c->second_bias, s->second_eps, c->z);
+}
+
+int ffn(LayerCall *c, bool *signalled) {
+  if (c->step) return hf_flash_step(c->step, c->z, 1, BF16, c->out, static_cast<int>(c->looks), signalled);
+  const bool goes_on = c->done == SUMMING;
+  c->done = SUMMING;
+  return hf_flash_stream_sum(c->stream, c->sum, goes_on ? nullptr : c->z, goes_on ? nullptr : c->out);
+}
+
+}  // namespace
+
 extern "C" {
 
-int64_t hf_flash_layer_step_bytes() { return sizeof(LayerStep); }
+// Bytes of the structs, for layer_step.py to compare with its own.
+void hf_flash_layer_bytes(int64_t *out) { out[0] = sizeof(LayerStep), out[1] = sizeof(LayerCall); }
 
-// y [d] = x plus the attention of its norm, z [d] = the norm of that. Weights of the norms, and biases, which an RMSNorm
-// does not have (null); the rest as of hf_flash_attention_step.
-void hf_flash_layer_step(LayerStep *s, const uint16_t *x, const uint16_t *first_weight, const uint16_t *first_bias,
-                         const uint16_t *second_weight, const uint16_t *second_bias, const uint16_t *cos,
-                         const uint16_t *sin, uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n,
-                         const uint16_t *q_bias, const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias,
-                         uint16_t *y, uint16_t *z) {
-  hf_flash_norm(x, s->d, first_weight, first_bias, s->first_eps, z);
-  hf_flash_attention_step(s->attention, z, cos, sin, keys, values, kv_head, n, q_bias, k_bias, v_bias, o_bias, y);
-  for (int64_t i = 0; i < s->d; i++) y[i] = bits_bf16(round_bf16(from_bf16(x[i]) + from_bf16(y[i])));
-  hf_flash_norm(y, s->d, second_weight, second_bias, s->second_eps, z);
+// A layer, and those behind it, as far as their FFNs are told. `*at` is the one that this came to. DONE; SIGNAL: call
+// again; else what its FFN returned, and the layer is ATTENDED.
+int hf_flash_layers(LayerCall **at) {
+  bool signalled = false;
+  for (LayerCall *c = *at; c; c = c->next) {
+    *at = c;
+    if (signalled) return SIGNAL;
+    if (c->done == NOTHING) {
+      c->begun = now();
+      attend(c);
+      c->attended = now(), c->done = ATTENDED;
+    }
+    if (!c->step && !c->sum) break;
+    const int result = ffn(c, &signalled);
+    if (result == SIGNAL) return SIGNAL;
+    if (result) return c->done = ATTENDED, result;
+    c->fed = now();
+    add(c->y, c->y, c->out, c->layer->d);
+    c->stop = now(), c->done = WHOLE;
+  }
+  return DONE;
 }
 
 }  // extern "C"

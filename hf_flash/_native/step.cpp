@@ -67,10 +67,11 @@ enum State { N_SLOTS, N_USED, CLOCK, LARGEST };  // cache.py has the same
 
 // Waits for a batch and forgets it, unless a read failed: the batch says which. A signal's handler can wait: whatever it
 // does, nobody may leave before the memory that is read into is full.
-int land(Step *s, void **batch) {
+int land(Step *s, void **batch, bool *signalled = nullptr) {
   if (!*batch) return DONE;
   int result = SIGNAL;
-  while (result == SIGNAL) result = hf_flash_batch_wait(s->ring, *batch);
+  while ((result = hf_flash_batch_wait(s->ring, *batch)) == SIGNAL)
+    if (signalled) *signalled = true;
   if (result) return result;
   hf_flash_batch_free(*batch);
   *batch = nullptr;
@@ -345,14 +346,14 @@ void look_ahead(Step *s, const float *x, int dtype) {
 }
 
 // What is in DRAM is computed on while the rest is read.
-int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, void *y) {
+int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, void *y, bool *signalled) {
   std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
   const double begun = now();
   s->n_fired = 0;
   if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, out.data());
   const double waiting = now();
   s->here_s = waiting - begun;
-  const int early = land_early(s), result = land(s, &s->batch);
+  const int early = land_early(s), result = land(s, &s->batch, signalled);
   const double computing = now();
   s->wait_s = computing - waiting;
   if (early || result) return FAILED;
@@ -379,8 +380,9 @@ int64_t hf_flash_step_bytes() { return sizeof(Step); }
 // y [T, d_out] = the FFN of x [T, d], both of `dtype`. DONE; FAILED: a read did; NO_ROOM: more neurons are wanted than
 // there are slots (ids are there): no time has passed, but some of them may have been read.
 //
-// `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too.
-int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks) {
+// `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too. `signalled`, or
+// null: is set where a signal came while this waited; its handler has to run.
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled) {
   const double begun = now();
   s->state[CLOCK] += T;
   Meanwhile meanwhile(s);
@@ -399,7 +401,7 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   keep_books(s, coming);
   set_aside(s, s->state[CLOCK] + 1);  // for the next step, while flash is busy
   if (looks && s->next && T == 1) look_ahead(s, x32.data(), dtype);
-  return compute_and_wait(s, x32, T, dtype, y);
+  return compute_and_wait(s, x32, T, dtype, y, signalled);
 }
 
 // Wait for what was read early. Returns as hf_flash_step does.
