@@ -19,7 +19,7 @@ files            format  readers  gates  card  corpus
 a checkpoint     store  checkpoint  hub  output  probe  estimate  gate_file
 rows in DRAM     cache  packed_sum  ring  stream  resident  kv  attention
 an FFN           step  engine  sweep  sparse  linear  ffn
-a layer          attention_step  layer_step  early  lookahead  tap  recording  fit  balance  order  loan
+a layer          attention_step  layer_calls  layer_step  early  lookahead  tap  recording  fit  balance  order  loan
 a model          attach  repack  save
 what users call  preview  thresholds  quantizer  patch  verify  contents  profile  measures
 sessions         session  calibrate  serve  demo  ladder  show  show_speed  evaluate  show_eval
