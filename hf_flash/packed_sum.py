@@ -80,7 +80,8 @@ class PackedSum:
             What native code reads and writes; to be held until the last neurons are added. None where this is nothing
             for the kernels.
         """
-        if x.numel() > self._most or not self.prepare(x.dtype, act, biases):
+        # With a prompt, too: kernels are compared then, in memory that is lent to others from the next token on.
+        if not self.prepare(x.dtype, act, biases) or x.numel() > self._most:
             return None
         if self.exact:
             if not x.is_contiguous():

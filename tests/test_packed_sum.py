@@ -16,6 +16,7 @@ from hf_flash import native, ops, ordered, trace
 from hf_flash.engine import WorkBuffers
 from hf_flash.errors import ReadError
 from hf_flash.layout import BundleLayout
+from hf_flash.packed_sum import PackedSum
 from hf_flash.readers import Reader, ThreadReader, UringReader
 from hf_flash.stats import FlashStats
 from hf_flash.store import FlashStore
@@ -206,3 +207,23 @@ def test_a_trace_has_every_chunk(tmp_path: Path, reader: Reader) -> None:
     assert n_spans < len(spans) and len({span.track for span in spans} - {trace.FLASH}) <= 3
     bench.check(x, False)
     assert len(recorder.spans) == len(spans), "nothing is noted afterwards"
+
+
+@pytest.mark.parametrize("exact", [EXACT, False])
+def test_kernels_are_compared_when_a_prompt_comes(
+    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: at the token behind it, when the memory that this takes was lent to others."""
+    seen: list[int] = []
+    true = PackedSum._understand
+
+    def understand(self: PackedSum, act: ops.Activation, dtype: torch.dtype) -> None:
+        seen.append(self.unit)
+        true(self, act, dtype)
+
+    monkeypatch.setattr(PackedSum, "_understand", understand)
+    bench = Bench(tmp_path, ThreadReader(), 64, 0, exact)
+    bench.check(torch.randn(12, 192).bfloat16(), False)
+    assert seen == [0, 1]
+    bench.check(torch.randn(1, 192).bfloat16(), exact)
+    assert seen == [0, 1]
