@@ -210,9 +210,7 @@ def test_a_trace_has_every_chunk(tmp_path: Path, reader: Reader) -> None:
 
 
 @pytest.mark.parametrize("exact", [EXACT, False])
-def test_kernels_are_compared_when_a_prompt_comes(
-    exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_compared_when_a_prompt_comes(exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: at the token behind it, when the memory that this takes was lent to others."""
     seen: list[int] = []
     true = PackedSum._understand
