@@ -36,7 +36,6 @@ from hf_flash.resident import TightMatrix
 logger = logging.get_logger(__name__)
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_PROOFS = 1  # tokens that go both ways
 NO_WATCHER = "_hf_flash_no_watcher"  # mark of a hook that need not be called
 _GLOBAL_HOOKS: list[Any] = [modules._global_forward_hooks, modules._global_forward_pre_hooks]
 
@@ -167,14 +166,15 @@ class AttentionStep:
         path: its name in the model, for a trace.
 
     Attributes:
-        proofs_left: tokens that have yet to go both ways. aside: a thread whose calls go the stock way.
+        is_proven: whether a token went both ways, with as many threads as there are.
+        aside: a thread whose calls go the stock way.
     """
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self.aside: int | None = None
         self._module, self._path = module, path
         self._kind = KINDS[type(module).__name__]
-        self.proofs_left = _PROOFS
+        self.is_proven = False
         self._n_threads, self._can = 0, False  # whether the kernels can be had, with so many threads
         self._s: _Step | None = None  # made once: another thread may be using it
         self.address: int | None = None  # of that
@@ -207,7 +207,7 @@ class AttentionStep:
         layer, where = begun
         out = torch.empty_like(hidden_states)
         self._run(self.address, hidden_states.data_ptr(), *where, out.data_ptr())
-        if self.proofs_left:
+        if not self.is_proven:
             return self._prove(layer, out, hidden_states, kwargs)
         layer.took_row()
         return out, None
@@ -278,7 +278,7 @@ class AttentionStep:
         can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
         if s.exact:
             can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts.known)
-        self.proofs_left, self._can = _PROOFS, can
+        self.is_proven, self._can = False, can
 
     def describe(self) -> bool:
         """Tell native code of the module, once; False where it is none for it."""
@@ -312,7 +312,7 @@ class AttentionStep:
         result = self._stock(x, **kwargs)
         theirs = [result[0], *(held[:, :, -1] for held in (layer.keys, layer.values) if held is not None)]
         if proves(self._module, mine, theirs):
-            self.proofs_left -= 1
+            self.is_proven = True
         else:
             self._can = False  # until the number of threads changes
         return result

@@ -41,7 +41,7 @@ class _Held:
     def __set__(self, layer: GrowingLayer, value: torch.Tensor | None) -> None:
         layer.show()
         setattr(layer, self._name, value)
-        layer._like = None  # of what is held nothing is known any more
+        layer._is_known = False
 
 
 class GrowingLayer(DynamicLayer):
@@ -59,10 +59,9 @@ class GrowingLayer(DynamicLayer):
     values: Any = _Held()
     _keys = _values = None
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
-    _where: tuple[Any, int, int, int] | None = None  # rooms, where their first numbers lie, tokens that they are for
-    # The shapes of the keys and values that were appended last, if nothing else was done since, as from token to token:
-    # then rooms hold `_n` tokens, and there is nothing to find out.
-    _like: tuple[torch.Size, torch.Size] | None = None
+    # Rooms, where their first numbers lie, tokens that they are for, and the shape of the next one.
+    _where: tuple[Any, int, int, int, tuple[int, ...]] | None = None
+    _is_known = False  # whether rooms hold `_n` tokens and these are all: what was appended, and nothing else was done
     _n = 0
     _is_shown = True  # whether `_keys` and `_values` are all tokens
     _awaits = -1  # the row that `next_row` told of
@@ -71,12 +70,11 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens' keys and values, [batch, n_heads, n, head_dim]; returns those of all tokens."""
-        like, rooms, n_new = self._like, self._rooms, key_states.shape[-2]
+        rooms, n_new = self._rooms, key_states.shape[-2]
         self._awaits = -1
         if (
-            like is not None and rooms is not None and key_states.shape == like[0] and value_states.shape == like[1]
-            and key_states.dtype is rooms[0].dtype and value_states.dtype is rooms[1].dtype
-            and self._n + n_new <= min(rooms[0].shape[2], rooms[1].shape[2]) and not torch.is_grad_enabled()
+            self._is_known and rooms is not None and not torch.is_grad_enabled()
+            and _fits(rooms[0], key_states, self._n) and _fits(rooms[1], value_states, self._n)
         ):  # fmt: skip
             for room, states in zip(rooms, (key_states, value_states), strict=True):
                 room.narrow(2, self._n, n_new).copy_(states)
@@ -86,7 +84,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
-        self._like = None
+        self._is_known = False
         assert keys is not None and values is not None
         if not (_can_append(keys, key_states) and _can_append(values, value_states)):
             return super().update(key_states, value_states, *args, **kwargs)
@@ -96,8 +94,7 @@ class GrowingLayer(DynamicLayer):
         self._rooms = more_keys, more_values
         self.keys = keys = _append(more_keys, keys, key_states)
         self.values = values = _append(more_values, values, value_states)
-        if keys.shape[2] == values.shape[2]:
-            self._n, self._like = keys.shape[2], (key_states.shape, value_states.shape)
+        self._n, self._is_known = keys.shape[2], keys.shape[2] == values.shape[2]
         return keys, values
 
     def show(self) -> None:
@@ -107,7 +104,7 @@ class GrowingLayer(DynamicLayer):
             self._is_shown = True
 
     def next_row(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int] | None:
-        """Where to write a token that is like the one before, in place of `update`; `took_row` follows.
+        """Where to write a token that is like those before, in place of `update`; `took_row` follows.
 
         Args:
             shape: of its keys and of its values, [1, n_heads, 1, head_dim].
@@ -116,14 +113,16 @@ class GrowingLayer(DynamicLayer):
             Addresses of the first token's keys and values, elements from one head to the next, and the number of
             tokens before; None where only `update` knows what to do.
         """
-        like, rooms, where, n = self._like, self._rooms, self._where, self._n
-        if like is None or rooms is None or like[0] != shape or like[1] != shape:
+        rooms, where, n = self._rooms, self._where, self._n
+        if not self._is_known or rooms is None:
             return None
         if where is None or where[0] is not rooms:
             if not rooms[0].dtype == rooms[1].dtype == dtype or rooms[0].shape != rooms[1].shape:
                 return None
-            self._where = where = rooms, rooms[0].data_ptr(), rooms[1].data_ptr(), rooms[0].shape[2]
-        if n >= where[3]:
+            batch, n_heads, capacity, head_dim = rooms[0].shape
+            addresses = rooms[0].data_ptr(), rooms[1].data_ptr()
+            self._where = where = rooms, *addresses, capacity, (batch, n_heads, 1, head_dim)
+        if n >= where[3] or where[4] != shape:
             return None
         self._awaits = n
         return where[1], where[2], where[3] * shape[3], n
@@ -131,7 +130,7 @@ class GrowingLayer(DynamicLayer):
     @property
     def awaits_row(self) -> bool:
         """Whether what `next_row` said still holds."""
-        return self._like is not None and self._awaits == self._n
+        return self._is_known and self._awaits == self._n
 
     def written(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the row that `next_row` told of, [1, n_heads, head_dim] each; not held yet."""
@@ -160,7 +159,7 @@ class GrowingLayer(DynamicLayer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy gets: the tokens, not the room for more."""
         held = {f"_{name}": t.clone() for name in ("keys", "values") if (t := getattr(self, name)) is not None}
-        return {**vars(self), "_rooms": None, "_where": None, "_like": None, **held}
+        return {**vars(self), "_rooms": None, "_where": None, "_is_known": False, **held}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +307,15 @@ def _can_append(held: torch.Tensor, new: torch.Tensor) -> bool:
     if torch.is_grad_enabled() and (new.requires_grad or held.requires_grad):
         return False
     return held.numel() == 0 or (held.shape[:2], held.shape[3]) == (new.shape[:2], new.shape[3])
+
+
+def _fits(room: torch.Tensor, new: torch.Tensor, n_held: int) -> bool:
+    """Whether new tokens are like those in a room, and have their place behind them."""
+    (batch, n_heads, capacity, head_dim), shape = room.shape, new.shape
+    return (
+        len(shape) == 4 and shape[:2] == (batch, n_heads) and shape[3] == head_dim and n_held + shape[2] <= capacity
+        and new.dtype is room.dtype
+    )  # fmt: skip
 
 
 def _room(room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor, n_reserved: int) -> torch.Tensor:

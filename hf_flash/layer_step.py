@@ -106,7 +106,7 @@ class LayerStep:
     @property
     def is_proven(self) -> bool:
         """Whether a token went both ways, with as many threads as there are now."""
-        return self._proven and not self._step.proofs_left
+        return self._proven and self._step.is_proven
 
     def _prepare_all(self, x: Any, kwargs: dict[str, Any], alone: bool) -> LayerCall | None:
         """What this layer is going to do, and those behind it: here the code for it is in the CPU's caches.
@@ -204,7 +204,7 @@ class LayerStep:
             mine.append(call.y + seen[0][1].view_as(call.y))
             theirs = [seen[0][0].view_as(call.z), *theirs, result]
         if proves(self._layer, mine, theirs):
-            self._proven, self._step.proofs_left = True, 0
+            self._proven = self._step.is_proven = True
         else:
             self._refused = True
         return result

@@ -47,9 +47,9 @@ def test_it_has_the_modules_bits(folder_of: Folders, kind: str, exact: bool) -> 
     folder, options = folder_of(kind), {"gate": "all", "exact": exact}
     model = Model(folder, AttentionStep, **options)
     found, want = generate(model.flash), generate(stock(folder, **options))
-    # The first token is the prompt's; the second finds a cache whose last tokens were several.
-    assert model.n == len(model.steps) * (N - 2)
-    assert not any(step.proofs_left for step in model.steps)
+    # The first token is the prompt's.
+    assert model.n == len(model.steps) * (N - 1)
+    assert all(step.is_proven for step in model.steps)
     assert_same(found, want)
 
 
@@ -112,10 +112,10 @@ def test_hooks_on_a_projection_are_called(opt: tuple[Model, torch.Tensor], when:
     register = part.register_forward_hook if when == "after" else part.register_forward_pre_hook
     handle = register(lambda *args: seen.append(1))
     assert torch.equal(model.tokens(), want) and len(seen) == N
-    assert model.n == (len(model.steps) - 1) * (N - 2)
+    assert model.n == (len(model.steps) - 1) * (N - 1)
     handle.remove()
     assert torch.equal(model.tokens(), want) and len(seen) == N
-    assert model.n == (2 * len(model.steps) - 1) * (N - 2)
+    assert model.n == (2 * len(model.steps) - 1) * (N - 1)
 
 
 def test_a_projection_that_was_exchanged_is_used(opt: tuple[Model, torch.Tensor]) -> None:
@@ -166,7 +166,7 @@ def test_a_copy_has_its_own(opt: tuple[Model, torch.Tensor]) -> None:
     modules = set(map(id, other.modules()))
     assert len(theirs) == len(model.steps) and all(id(step._module) in modules for step in theirs)
     assert torch.equal(greedy(other, IDS, N), want) and model.n == 0
-    assert all(step._can and not step.proofs_left for step in theirs)
+    assert all(step._can and step.is_proven for step in theirs)
 
 
 def test_threads_of_a_server(opt: tuple[Model, torch.Tensor]) -> None:
@@ -196,7 +196,7 @@ def test_another_forward_is_noticed(
 def test_other_threads_are_another_proof(opt: tuple[Model, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     model, want = opt
     model.tokens()
-    assert not any(step.proofs_left for step in model.steps)
+    assert all(step.is_proven for step in model.steps)
     n = torch.get_num_threads()
     torch.set_num_threads(3 - n if n < 3 else 1)
     try:

@@ -124,7 +124,7 @@ def test_one_call_takes_a_token_through_all_layers(models: Models, n_calls: list
         shrink(one, 1500)
     assert_same(generate(model), generate(other))
     # A prompt is none for it, and each layer's first token goes both ways, by itself.
-    assert n_calls == [native.DONE] * (N_LAYERS + N - 3)
+    assert n_calls == [native.DONE] * (N_LAYERS + N - 2)
     found, want = (hf_flash.stats(one).counters() for one in (model, other))
     for name in ("n_tokens", "n_forwards", "neurons_wanted", "neurons_fired", "bytes_read"):
         assert found[name] == want[name] > 0 or (name == "neurons_fired" and want[name] == 0), name
@@ -165,7 +165,7 @@ def test_layers_that_are_left_out_do_not_run(models: Models, n_calls: list[int])
     wanted = [hf_flash.stats(one).neurons_wanted for one in (model, other)]
     del n_calls[:]
     assert_same(generate(model), generate(other))
-    assert len(n_calls) == N - 2
+    assert len(n_calls) == N - 1
     wanted = [hf_flash.stats(one).neurons_wanted - n for one, n in zip((model, other), wanted, strict=True)]
     assert wanted[0] == wanted[1] > 0
 
@@ -283,7 +283,7 @@ def test_a_signal_is_handled_between_calls(models: Models, monkeypatch: pytest.M
         return true(at)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(library, "hf_flash_layers", call)
-    assert torch.equal(greedy(model, IDS, N), want) and n == 2 * (N - 2)
+    assert torch.equal(greedy(model, IDS, N), want) and n == 2 * (N - 1)
     raises = True
     with pytest.raises(KeyboardInterrupt):
         greedy(model, IDS, N)
@@ -305,7 +305,7 @@ def test_guesses_are_read_while_layers_run(models: Models, n_calls: list[int]) -
         shrink(one, 1200)
     n = early.install(model, Always())
     assert_same(generate(model), generate(other))
-    assert len(n_calls) == N_LAYERS + N - 3
+    assert len(n_calls) == N_LAYERS + N - 2
     assert (hf_flash.stats(model).neurons_early > 0) == (n > 0)
 
 
@@ -327,7 +327,7 @@ def test_a_profile_knows_every_layer(models: Models, n_calls: list[int]) -> None
         greedy(model, IDS, N)
     spans = profile.recorder.spans
     for name in (trace.NATIVE, trace.STEP):
-        assert sum(span.name == name for span in spans) == N_LAYERS * (N - 2), name
+        assert sum(span.name == name for span in spans) == N_LAYERS * (N - 1), name
     for name in (trace.ATTENTION, trace.FFN):
         assert sum(span.name == name for span in spans) == N_LAYERS * N, name
     found = profile.breakdown()

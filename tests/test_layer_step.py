@@ -54,8 +54,8 @@ def test_it_has_the_modules_bits(folder_of: Folders, kind: str, options: dict[st
     model = Model(folder_of(kind), LayerStep, **options)
     assert len(model.steps) == model.flash.config.num_hidden_layers
     found, want = generate(model.flash), generate(stock(folder_of(kind), **options))
-    # The first token is the prompt's; the second finds a cache whose last tokens were several.
-    assert model.n == len(model.steps) * (N - 2)
+    # The first token is the prompt's.
+    assert model.n == len(model.steps) * (N - 1)
     assert all(step._proven for step in model.steps)
     assert_same(found, want)
 
@@ -91,7 +91,7 @@ def test_hooks_on_a_part_are_called(opt: tuple[Model, torch.Tensor], part: str, 
     assert torch.equal(model.tokens(), want) and len(seen) == N
     handle.remove()
     assert torch.equal(model.tokens(), want) and len(seen) == N
-    assert model.n == (2 * len(model.steps) - (part != "fc1")) * (N - 2)  # the FFN is called as ever
+    assert model.n == (2 * len(model.steps) - (part != "fc1")) * (N - 1)  # the FFN is called as ever
 
 
 def test_a_part_that_was_exchanged_is_used(opt: tuple[Model, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ def test_a_layer_that_is_filled_when_its_turn_comes(opt: tuple[Model, torch.Tens
         step._layer.register_forward_pre_hook(fill)
         step._layer.register_forward_hook(empty)
         empty()
-    assert torch.equal(model.tokens(), want) and model.n == n + len(model.steps) * (N - 2)
+    assert torch.equal(model.tokens(), want) and model.n == n + len(model.steps) * (N - 1)
 
 
 def test_outputs_that_are_asked_for_are_there(opt: tuple[Model, torch.Tensor]) -> None:
@@ -190,7 +190,7 @@ def test_a_profile_sees_an_attention_in_it(opt: tuple[Model, torch.Tensor]) -> N
     n = model.n
     with hf_flash.profile(model.flash) as profile:
         assert torch.equal(model.tokens(), want)
-    assert model.n == n + len(model.steps) * (N - 2)
+    assert model.n == n + len(model.steps) * (N - 1)
     paths = {path for path, module in model.flash.named_modules() if "forward" in vars(module)}
     attentions = [span for span in profile.recorder.spans if span.name == trace.ATTENTION]
     assert {span.layer for span in attentions} <= paths and len(attentions) == len(model.steps) * N
@@ -266,7 +266,7 @@ def test_a_result_that_a_hook_changed_is_used(opt: tuple[Model, torch.Tensor], f
         one.get_submodule(model.steps[0]._path).register_forward_hook(change)
     found = model.tokens()
     assert torch.equal(found, greedy(other, IDS, N)) and not torch.equal(found, want)
-    assert model.n == n + len(model.steps) * (N - 2)
+    assert model.n == n + len(model.steps) * (N - 1)
 
 
 def test_a_cache_that_was_touched_in_between_is_used_as_it_is(
@@ -332,7 +332,7 @@ def test_other_threads_are_another_proof(opt: tuple[Model, torch.Tensor]) -> Non
     torch.set_num_threads(3 - n if n < 3 else 1)
     try:
         assert torch.equal(model.tokens(), want)
-        assert not any(step._step.proofs_left for step in model.steps)
+        assert all(step._step.is_proven for step in model.steps)
         assert all(step._step._n_threads == torch.get_num_threads() for step in model.steps)
     finally:
         torch.set_num_threads(n)
