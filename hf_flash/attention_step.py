@@ -299,11 +299,12 @@ class AttentionStep:
         assert lib.hf_flash_attention_step_bytes() == ctypes.sizeof(_Step)
         scales = (1.0, module.scaling) if self._kind.rotary else (module.scaling, 1.0)
         matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
-        self._s = s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
+        s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
         self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
         self._parts, self._parameters = Parts(module, self._kind.projections), [part._parameters for part in parts]
         self.index, self.d_model = module.layer_idx, q.in_features
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
+        self._s = s  # last: Ctrl-C may come before, and another thread may ask
         return True
 
     def _prove(self, layer: GrowingLayer, out: torch.Tensor, x: torch.Tensor, kwargs: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ class Engine(ABC):
         """Every neuron that can contribute for `x`, piece by piece; each valid until the next step."""
 
     def as_native(self, act: ops.Activation, biases: ops.Biases) -> NativeFFN | None:
-        """How native code is to run this FFN for one bfloat16 token, now; hold `lock` until `native_ended` is called.
+        """How native code is to run this FFN for one bfloat16 token, now; hold `lock` meanwhile.
 
         Returns:
             None where only `forward` knows what to do.
@@ -65,12 +65,16 @@ class Engine(ABC):
         return None
 
     def native_ended(self, result: int) -> None:
-        """Learn what native code returned for that: NO_ROOM is for `forward` to do again.
+        """Learn that native code came to an end there, and how: NO_ROOM is for `forward` to do again.
 
         Raises:
             ReadError: flash failed; the model stays usable.
         """
         del result
+
+    def native_stopped(self) -> None:
+        """An exception came between the native call and `native_ended`, perhaps of another engine; `lock` is held."""
+        return
 
     def looks_at(self, following: Engine) -> bool:
         """Whether native code is to guess meanwhile what another engine will want, whose `as_native` was called."""

@@ -205,7 +205,7 @@ class FlashFFN(nn.Module):
 
     @property
     def begins_passes(self) -> bool:
-        """Whether a pass of the model, or of its decoder, begins with this block."""
+        """Whether a pass of the model, of its decoder, or of what guesses ahead, begins with this block."""
         return self.stats is not None or bool(self.on_pass)
 
     def _end(self, begun: float) -> None:

@@ -57,7 +57,8 @@ class GrowingLayer(DynamicLayer):
     n_reserved = 0
     keys: Any = _Held()
     values: Any = _Held()
-    _keys = _values = None
+    _keys: torch.Tensor | None = None
+    _values: torch.Tensor | None = None
     _rooms: tuple[torch.Tensor, torch.Tensor] | None = None
     # Rooms, where their first numbers lie, tokens that they are for, and the shape of the next one.
     _where: tuple[Any, int, int, int, tuple[int, ...]] | None = None
@@ -102,6 +103,14 @@ class GrowingLayer(DynamicLayer):
         if not self._is_shown and self._rooms is not None:
             self._keys, self._values = (room.narrow(2, 0, self._n) for room in self._rooms)
             self._is_shown = True
+
+    def where_held(self) -> tuple[torch.Tensor | None, int]:
+        """Keys, of more tokens perhaps, and how many are held: for another thread, which must not make a view."""
+        rooms, n = self._rooms, self._n
+        if self._is_known and rooms is not None:
+            return rooms[0], n
+        keys = self._keys
+        return keys, 0 if keys is None or not keys.numel() else keys.shape[-2]
 
     def next_row(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int] | None:
         """Where to write a token that is like those before, in place of `update`; `took_row` follows.
@@ -282,10 +291,10 @@ def _filled(cache: Cache, n_new: int) -> int | None:
     layers = [layer for layer in cache.layers if type(layer) is GrowingLayer]
     if len(layers) < len(cache.layers):
         return None
-    keys = layers[0].keys if layers else None
-    if keys is None or not keys.numel():
+    keys, n_held = layers[0].where_held() if layers else (None, 0)
+    if keys is None or not n_held:
         return 0
-    batch, n_heads, n_held, _ = keys.shape
+    batch, n_heads = keys.shape[:2]
     pages = -(-(n_held + n_new // batch) * keys.stride(2) * keys.itemsize // mmap.PAGESIZE)
     return 2 * len(layers) * batch * n_heads * (pages + 1) * mmap.PAGESIZE
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from hf_flash import native, trace
 from hf_flash.attention_step import Token
+from hf_flash.engine import Engine
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import GrowingLayer
 from hf_flash.native import NativeFFN
@@ -101,6 +103,9 @@ class LayerCall:
 
     def _take_ffn(self, locks: list[Any]) -> bool:
         """Let native code run the FFN, too, if it can; the lock that it must hold meanwhile is added to `locks`."""
+        told = self.told  # which may have been told before, by a call that came to an end before this layer
+        told.step = told.stream = told.sum = told.next = None
+        told.looks = 0
         engine, act = self.ffn.engine, self.ffn.native_act
         if engine is None or act is None or self.calls_ffn or not self.is_proven:
             return False
@@ -112,7 +117,7 @@ class LayerCall:
                 return False
         found = engine.as_native(act, self.biases)
         if found is not None:
-            self.told.step, self.told.stream, self.told.sum = found
+            told.step, told.stream, told.sum = found
         return found is not None
 
 
@@ -143,9 +148,12 @@ def run(first: LayerCall) -> None:
             result = library.hf_flash_layers(ctypes.addressof(at))
         if result:
             _engine_at(first, at.value).native_ended(result)
+    except BaseException:  # Ctrl-C too, before anybody has looked at the result
+        for engine in _engines(first):
+            engine.native_stopped()
+        raise
     finally:
-        for lock in locks:
-            _release(lock)
+        _release_all(locks)
 
 
 def _connect(first: LayerCall, locks: list[Any]) -> None:
@@ -169,9 +177,24 @@ def _engine_at(first: LayerCall, address: int | None) -> Any:
     return call.ffn.engine
 
 
-def _release(lock: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # Ctrl-C came before it was taken
-        lock.release()
+def _engines(first: LayerCall) -> Iterator[Engine]:
+    """The engines that native code was told of."""
+    call: LayerCall | None = first
+    while call is not None and (call.told.step or call.told.stream):
+        if call.ffn.engine is not None:
+            yield call.ffn.engine
+        call = call.following
+
+
+def _release_all(locks: list[Any]) -> None:
+    try:
+        while locks:
+            with contextlib.suppress(RuntimeError):  # Ctrl-C came before it was taken, or after it was released
+                locks[-1].release()
+            locks.pop()
+    finally:
+        if locks:  # Ctrl-C came here
+            _release_all(locks)
 
 
 def results_like(x: torch.Tensor, n: int) -> list[torch.Tensor]:

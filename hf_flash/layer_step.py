@@ -117,7 +117,9 @@ class LayerStep:
         token = self._step.token(x, kwargs) if self.describe() else None
         if token is None:
             return None
-        behind = [] if alone or self._watchers.any else self.chain[self.at + 1 :]
+        behind = (
+            [] if alone or self._watchers.any or self._own.get("forward") is not self else self.chain[self.at + 1 :]
+        )
         y, *results = layer_calls.results_like(x, 1 + len(behind))
         scratch = torch.empty_like(x), torch.empty_like(x)
         first = call = self.prepare(token, x, y, *scratch)
@@ -157,9 +159,13 @@ class LayerStep:
         begun = None if weights is None else self._step.begin(token)
         if weights is None or begun is None:
             return None
+        if weights[0] is None or weights[2] is None:  # a norm's weight is computed from others
+            return None
         cache, where = begun
-        told = Told(self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr(), out.data_ptr())
         calls_ffn = self._ffn_watchers.any or "forward" in vars(ffn)
+        if calls_ffn:  # who is told may keep it
+            z = torch.empty_like(x)
+        told = Told(self._address, x.data_ptr(), *weights, *where, y.data_ptr(), z.data_ptr(), out.data_ptr())
         return LayerCall(
             self._path, x, y, z, out, told, weakref.ref(cache), token, ffn, ffn.biases(), calls_ffn, self.is_proven
         )
@@ -171,8 +177,11 @@ class LayerStep:
         self._modules, kind = self._layer._modules, self._kind
         found: list[Any] = [self._modules[name] for name in kind.norms]
         step = vars(self._modules["self_attn"]).get("forward")
-        d = found[0].weight.numel()
-        agree = all(norm.weight.numel() == d and norms.agrees(d, type(norm) is nn.LayerNorm) for norm in found)
+        known = type(self._modules[kind.ffn]) is FlashFFN and all(_eps_of(norm) is not None for norm in found)
+        d = found[0].weight.numel() if known else 0
+        agree = known and all(
+            norm.weight.numel() == d and norms.agrees(d, type(norm) is nn.LayerNorm) for norm in found
+        )
         if not (agree and isinstance(step, AttentionStep) and step.describe() and step.d_model == d):
             self._refused = True
             return False
@@ -181,8 +190,9 @@ class LayerStep:
         self._watchers, self._ffn_watchers = Watchers([self._layer]), Watchers([self._ffn])
         self._parts = Parts(self._layer, ("self_attn", *kind.norms, *kind.idle), {"self_attn": step})
         self._parameters = [norm._parameters for norm in found]
-        self._s = Unchanging(step.address, d, *[_eps_of(norm) for norm in found])
-        self._address = ctypes.addressof(self._s)
+        s = Unchanging(step.address, d, *[_eps_of(norm) for norm in found])
+        self._address = ctypes.addressof(s)
+        self._s = s  # last: Ctrl-C may come before, and another thread may ask
         return True
 
     def _prove(self, cache: GrowingLayer, call: LayerCall, kwargs: Any) -> Any:

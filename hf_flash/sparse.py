@@ -101,6 +101,10 @@ class SparseEngine(Engine):
             self._forget()
             raise
 
+    def native_stopped(self) -> None:
+        if self._step is not None and self._step.has_reads:
+            self._forget()
+
     def looks_at(self, following: Engine) -> bool:
         return following is self._next and self._trial.on
 

@@ -195,6 +195,11 @@ class NativeStep:
         """Neurons that the last step wanted, sorted; a copy."""
         return self._ids[0, : self._s.n_wanted].copy()
 
+    @property
+    def has_reads(self) -> bool:
+        """Whether reads are under way, or have failed, that nobody has waited for: what a step misses, or guesses."""
+        return bool(self._s.batch or self._s.early)
+
     def land(self) -> None:
         """Wait for what was read early, before anyone else looks into the slots.
 

@@ -22,7 +22,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.opt import modeling_opt
 
 import hf_flash
-from hf_flash import attach, early, native, norms, trace
+from hf_flash import attach, early, layer_calls, native, norms, trace
 from hf_flash.budget import Demand, Plan
 from hf_flash.errors import ReadError
 from hf_flash.ffn import FlashFFN
@@ -334,3 +334,94 @@ def test_a_profile_knows_every_layer(models: Models, n_calls: list[int]) -> None
     assert found.n_ffns == N_LAYERS and sum(found.rows.values()) == pytest.approx(found.token_s, rel=1e-6)
     assert all(seconds >= -1e-6 for seconds in found.rows.values()), found.rows
     assert {"attention", "FFN: arithmetic"} <= set(found.rows)
+
+
+def test_what_is_told_is_told_anew(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: what a layer was told stayed when its FFN could not be taken the next time."""
+    model, seen = models(), []
+    shrink(model, 1500)
+    want, true = greedy(model, IDS, N), layer_calls.run
+    last = ffns_of(model)[-1].engine
+
+    def run(first: layer_calls.LayerCall) -> None:
+        """Told of all FFNs, then of those that are free."""
+        layer_calls._connect(first, locks := [])
+        layer_calls._release_all(locks)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(last.lock.acquire).result()
+            true(first)
+            pool.submit(last.lock.release).result()
+        call = first
+        while call.following is not None:
+            call = call.following
+        seen.append((call.told.step, call.told.stream, call.told.next))
+
+    monkeypatch.setattr(layer_calls, "run", run)
+    assert torch.equal(greedy(model, IDS, N), want)
+    assert seen and all(not any(told) for told in seen)
+
+
+def test_ctrl_c_before_a_failure_is_looked_at(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that a failed read was for are not trusted, whoever comes first."""
+    model, library = models(), native.library()
+    shrink(model, 1500)
+    want, prompt = greedy(model, IDS, N), torch.cat([IDS] * 3, dim=1)
+    want_prompt, true = greedy(model, prompt, 3), library.hf_flash_layers
+    path = max(models.folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    whole, results = path.read_bytes(), []
+
+    def call(at: int) -> int:
+        results.append(true(at))
+        if results[-1] == native.FAILED:
+            raise KeyboardInterrupt
+        return results[-1]  # type: ignore[no-any-return]
+
+    for ffn in ffns_of(model):
+        if hasattr(ffn.engine, "cache"):
+            ffn.engine.cache.reset()
+    with monkeypatch.context() as patch, _after(model, 3, lambda: os.truncate(path, len(whole) // 4)):
+        patch.setattr(library, "hf_flash_layers", call)
+        try:
+            with pytest.raises((KeyboardInterrupt, ReadError)):
+                greedy(model, IDS, N)
+        finally:
+            path.write_bytes(whole)
+    assert_free(model)
+    for _ in range(8):  # what was read ahead meanwhile has failed, too
+        with contextlib.suppress(ReadError):
+            assert torch.equal(greedy(model, prompt, 3), want_prompt)
+            break
+    assert torch.equal(greedy(model, IDS, N), want)
+
+
+def test_what_a_hook_of_an_ffn_keeps_stays(models: Models) -> None:
+    """Bug: all layers of a token shared the memory of an FFN's input."""
+    model, other, kept = models(), models.stock(), []
+    for one in (model, other):
+        kept.append([])
+        for ffn in ffns_of(one):
+            ffn.register_forward_hook(lambda module, args, out, to=kept[-1]: to.append(args[0]))
+        assert greedy(one, IDS, N) is not None
+    assert len(kept[0]) == len(kept[1]) == N_LAYERS * N
+    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+
+
+def test_an_ffn_that_was_wrapped_is_called(models: Models) -> None:
+    """Before the first token, when nothing is known of the layers."""
+    model = models()
+    want = greedy(models.stock(), IDS, N)
+    layer = steps_of(model, LayerStep)[1]._layer
+    name = layer.forward._kind.ffn
+    calls: list[int] = []
+
+    class Probe(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    setattr(layer, name, Probe(getattr(layer, name)))
+    assert torch.equal(greedy(model, IDS, N), want) and len(calls) == N

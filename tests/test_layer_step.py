@@ -1,4 +1,4 @@
-"""A decoder layer's token in one call as far as its FFN: to the bit what its modules make of it; else they run."""
+"""A decoder layer's token in a native call: to the bit what its modules make of it; else they run."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 #include "common.h"
 
 extern "C" {
-struct LayerStep {  // layer_step.py has the same fields
+struct LayerStep {  // layer_calls.py has the same fields
   AttentionStep *attention;
   int64_t d;
   float first_eps, second_eps;
 };
 
-// What a layer does to a token; layer_step.py has the same fields. Weights of the norms, and biases, which an RMSNorm does
+// What a layer does to a token; layer_calls.py has the same fields. Weights of the norms, and biases, which an RMSNorm does
 // not have (null); where the attention's are, as of hf_flash_attention_step; y [d] the result, z [d] the FFN's input and
 // out [d] its output. The FFN is `step`, which may look ahead, or `sum` over `stream`; or none (null) for this call.
 struct LayerCall {
@@ -31,7 +31,7 @@ struct LayerCall {
 
 namespace {
 
-enum Done { NOTHING, ATTENDED, SUMMING, WHOLE };  // layer_step.py has the same; ATTENDED: y is x plus the attention
+enum Done { NOTHING, ATTENDED, SUMMING, WHOLE };  // layer_calls.py has the same; ATTENDED: y is x plus the attention
 
 void add(uint16_t *y, const uint16_t *x, const uint16_t *more, int64_t d) {
   for (int64_t i = 0; i < d; i++) y[i] = bits_bf16(round_bf16(from_bf16(x[i]) + from_bf16(more[i])));
@@ -57,7 +57,7 @@ int ffn(LayerCall *c, bool *signalled) {
 
 extern "C" {
 
-// Bytes of the structs, for layer_step.py to compare with its own.
+// Bytes of the structs, for layer_calls.py to compare with its own.
 void hf_flash_layer_bytes(int64_t *out) { out[0] = sizeof(LayerStep), out[1] = sizeof(LayerCall); }
 
 // A layer, and those behind it, as far as their FFNs are told. `*at` is the one that this came to. DONE; SIGNAL: call

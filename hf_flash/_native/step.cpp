@@ -84,8 +84,8 @@ constexpr int64_t VICTIMS = 64;  // looked for together
 constexpr double NEAREST = 0.25;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
-int land_early(Step *s) {
-  const int result = land(s, &s->early);
+int land_early(Step *s, bool *signalled = nullptr) {
+  const int result = land(s, &s->early, signalled);
   for (int64_t i = 0; i < s->n_early && !result; i++)
     if (s->last[s->early_ids[i]] == ARRIVING) s->last[s->early_ids[i]] = s->state[CLOCK] - s->window - 1;
   return result;
@@ -353,7 +353,7 @@ int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype,
   if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, out.data());
   const double waiting = now();
   s->here_s = waiting - begun;
-  const int early = land_early(s), result = land(s, &s->batch, signalled);
+  const int early = land_early(s, signalled), result = land(s, &s->batch, signalled);
   const double computing = now();
   s->wait_s = computing - waiting;
   if (early || result) return FAILED;

@@ -334,11 +334,11 @@ void hf_flash_sum_add(Sum *f, const void *x, void *out, const uint8_t *rows, int
 // Add a whole unit: what is pinned, then what is streamed. After 2 the next call goes on where this one was, x and out null.
 // Returns as hf_flash_stream_take does.
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out) {
-  if (x) f->x = x, f->out = out, f->row = 0;
   Counters &c = s->counters;
   const double begun = now(), waited = c.wait_s;
   int result = DONE;
-  if (f->row == 0) {
+  if (x) {
+    f->x = x, f->out = out;
     comes(s, f->unit);
     if (f->n_pinned) add_noted(s, f, f->pinned, 0, f->n_pinned);
     f->row = f->n_pinned;
