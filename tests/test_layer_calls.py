@@ -342,6 +342,8 @@ def test_what_is_told_is_told_anew(models: Models, monkeypatch: pytest.MonkeyPat
     shrink(model, 1500)
     want, true = greedy(model, IDS, N), layer_calls.run
     last = ffns_of(model)[-1].engine
+    if not hasattr(last, "cache"):
+        pytest.skip("one lock for all layers")
 
     def run(first: layer_calls.LayerCall) -> None:
         """Told of all FFNs, then of those that are free."""
@@ -403,7 +405,7 @@ def test_what_a_hook_of_an_ffn_keeps_stays(models: Models) -> None:
             ffn.register_forward_hook(lambda module, args, out, to=kept[-1]: to.append(args[0]))
         assert greedy(one, IDS, N) is not None
     assert len(kept[0]) == len(kept[1]) == N_LAYERS * N
-    assert all(torch.equal(a, b) for a, b in zip(*kept, strict=True))
+    assert all(torch.equal(a.view(-1), b.view(-1)) for a, b in zip(*kept, strict=True))
 
 
 def test_an_ffn_that_was_wrapped_is_called(models: Models) -> None:
