@@ -71,17 +71,15 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append new tokens' keys and values, [batch, n_heads, n, head_dim]; returns those of all tokens."""
-        rooms, n_new = self._rooms, key_states.shape[-2]
-        self._awaits = -1
+        rooms, self._awaits = self._rooms, -1
         if (
             self._is_known and rooms is not None and not torch.is_grad_enabled()
             and _fits(rooms[0], key_states, self._n) and _fits(rooms[1], value_states, self._n)
         ):  # fmt: skip
-            for room, states in zip(rooms, (key_states, value_states), strict=True):
-                room.narrow(2, self._n, n_new).copy_(states)
-            self._n, self._is_shown = self._n + n_new, False
-            self.show()
-            return self._keys, self._values  # type: ignore[return-value]
+            self._keys = keys = _append(rooms[0], self._n, key_states)
+            self._values = values = _append(rooms[1], self._n, value_states)
+            self._n, self._is_shown = keys.shape[2], True
+            return keys, values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
@@ -93,8 +91,8 @@ class GrowingLayer(DynamicLayer):
         more_keys = _room(before[0], keys, key_states, self.n_reserved)
         more_values = _room(before[1], values, value_states, self.n_reserved)
         self._rooms = more_keys, more_values
-        self.keys = keys = _append(more_keys, keys, key_states)
-        self.values = values = _append(more_values, values, value_states)
+        self.keys = keys = _append(more_keys, _n_held(keys), key_states)
+        self.values = values = _append(more_values, _n_held(values), value_states)
         self._n, self._is_known = keys.shape[2], keys.shape[2] == values.shape[2]
         return keys, values
 
@@ -110,7 +108,7 @@ class GrowingLayer(DynamicLayer):
         if self._is_known and rooms is not None:
             return rooms[0], n
         keys = self._keys
-        return keys, 0 if keys is None or not keys.numel() else keys.shape[-2]
+        return keys, 0 if keys is None else _n_held(keys)
 
     def next_row(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int, int] | None:
         """Where to write a token that is like those before, in place of `update`; `took_row` follows.
@@ -329,7 +327,7 @@ def _fits(room: torch.Tensor, new: torch.Tensor, n_held: int) -> bool:
 
 def _room(room: torch.Tensor | None, held: torch.Tensor, new: torch.Tensor, n_reserved: int) -> torch.Tensor:
     """[batch, n_heads, capacity, head_dim] that begins with what is held and has space for what is new."""
-    n_held = held.shape[-2] if held.numel() else 0
+    n_held = _n_held(held)
     needed = n_held + new.shape[-2]
     if room is not None and room.shape[-2] >= needed and _begins(room, held, n_held):
         return room
@@ -357,8 +355,13 @@ def _can_reorder(room: torch.Tensor, held: torch.Tensor | None, n_sequences: int
     return _begins(room, held, held.shape[-2]) and (torch.is_inference_mode_enabled() or not held.is_inference())
 
 
-def _append(room: torch.Tensor, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+def _n_held(held: torch.Tensor) -> int:
+    """Tokens of `keys` or `values`, which are empty and of one dimension at first."""
+    return held.shape[-2] if held.numel() else 0
+
+
+def _append(room: torch.Tensor, n_held: int, new: torch.Tensor) -> torch.Tensor:
     """Write what is new behind what is held; returns both."""
-    n_held, n_new = held.shape[-2] if held.numel() else 0, new.shape[-2]
+    n_new = new.shape[-2]
     room.narrow(2, n_held, n_new).copy_(new)
     return room.narrow(2, 0, n_held + n_new)

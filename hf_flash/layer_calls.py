@@ -16,7 +16,6 @@ import torch
 
 from hf_flash import native, trace
 from hf_flash.attention_step import Token
-from hf_flash.engine import Engine
 from hf_flash.ffn import FlashFFN
 from hf_flash.kv import GrowingLayer
 from hf_flash.native import NativeFFN
@@ -91,14 +90,21 @@ class LayerCall:
 
     def note(self, recorder: trace.Recorder) -> None:
         """Tell who records where the time of this layer went, and of those that ran behind it."""
-        call: LayerCall | None = self
-        while call is not None and call.told.done != NOTHING:
+        for call in self.chain():
             told, engine = call.told, call.ffn.engine
+            if told.done == NOTHING:
+                break
             recorder.add(trace.ATTENTION, told.begun, told.attended, call.path)
             if told.done == WHOLE and engine is not None:
                 recorder.add(trace.NATIVE, told.begun, told.stop, call.path)
                 recorder.add(trace.FFN, told.attended, told.fed, call.ffn.block.path)
                 engine.note_native(recorder, told.attended, told.fed)
+
+    def chain(self) -> Iterator[LayerCall]:
+        """This and what the layers behind are going to do."""
+        call: LayerCall | None = self
+        while call is not None:
+            yield call
             call = call.following
 
     def _take_ffn(self, locks: list[Any]) -> bool:
@@ -147,10 +153,13 @@ def run(first: LayerCall) -> None:
         while result == native.SIGNAL:  # its handler runs between the calls, and may raise
             result = library.hf_flash_layers(ctypes.addressof(at))
         if result:
-            _engine_at(first, at.value).native_ended(result)
+            stopped: Any = next(call for call in first.chain() if ctypes.addressof(call.told) == at.value)
+            stopped.ffn.engine.native_ended(result)
     except BaseException:  # Ctrl-C too, before anybody has looked at the result
-        for engine in _engines(first):
-            engine.native_stopped()
+        for call in first.chain():
+            if call.ffn.engine is None or not (call.told.step or call.told.stream):
+                break  # the locks of those behind it are not ours
+            call.ffn.engine.native_stopped()
         raise
     finally:
         _release_all(locks)
@@ -167,23 +176,6 @@ def _connect(first: LayerCall, locks: list[Any]) -> None:
         if goes_on and engine is not None and behind is not None and engine.looks_at(behind):
             call.told.looks = 1
         call = following
-
-
-def _engine_at(first: LayerCall, address: int | None) -> Any:
-    call: LayerCall | None = first
-    while call is not None and ctypes.addressof(call.told) != address:
-        call = call.following
-    assert call is not None
-    return call.ffn.engine
-
-
-def _engines(first: LayerCall) -> Iterator[Engine]:
-    """The engines that native code was told of."""
-    call: LayerCall | None = first
-    while call is not None and (call.told.step or call.told.stream):
-        if call.ffn.engine is not None:
-            yield call.ffn.engine
-        call = call.following
 
 
 def _release_all(locks: list[Any]) -> None:

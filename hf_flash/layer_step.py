@@ -117,9 +117,7 @@ class LayerStep:
         token = self._step.token(x, kwargs) if self.describe() else None
         if token is None:
             return None
-        behind = (
-            [] if alone or self._watchers.any or self._own.get("forward") is not self else self.chain[self.at + 1 :]
-        )
+        behind = self.chain[self.at + 1 :] if self._is_open and not alone else []
         y, *results = layer_calls.results_like(x, 1 + len(behind))
         scratch = torch.empty_like(x), torch.empty_like(x)
         first = call = self.prepare(token, x, y, *scratch)
@@ -134,15 +132,18 @@ class LayerStep:
             call = following
         return first
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether nobody changes the layer when its turn comes, nor its input or its result."""
+        return not self._watchers.any and self._own.get("forward") is self
+
     def _can_be_early(self, index: int, traits: tuple[Any, ...]) -> bool:
-        """Whether it can be run before its turn: nobody changes the layer when that comes, nor its input.
+        """Whether it can be run before its turn.
 
         Args:
             index: of the layer in the model. traits: of the attention, as AttentionStep has them.
         """
-        if not self.describe() or self._watchers.any or self._own.get("forward") is not self:
-            return False
-        return self._step.index == index and self._step.traits == traits
+        return self.describe() and self._is_open and self._step.index == index and self._step.traits == traits
 
     def prepare(
         self, token: Token, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, out: torch.Tensor
