@@ -300,7 +300,10 @@ def _fetch_headers(repo: str, folder: Path, revision: str | None, token: str | b
         ) from error
     except (HTTPError, SafetensorsParsingError, OSError) as error:
         why = str(error).splitlines()[0]
-        raise HubError(f"{repo} is no folder here, and the Hub could not be asked for it ({why}).") from error
+        raise HubError(
+            f"{repo} is no folder here, and the Hub could not be asked for it ({why}). Check the spelling and the "
+            "network, or give the folder of a checkpoint that is on this disk."
+        ) from error
     return folder
 
 
