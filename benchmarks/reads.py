@@ -5,8 +5,9 @@ streamed layers are read), two batches under way, `depth` reads in the kernel an
 io_uring engine gets the same file, sizes and depth, with O_DIRECT. Both read into `depth` pieces of memory, again and
 again, as fio always does: a virtual disk copies, into 1 MiB that a core's cache holds a sixth faster than into 8 MiB.
 (Before the clock runs every batch is read into memory of its own, and every page of it is looked at.) The sides take
-short turns, at random which of them first, and the median of each counts; both rest before a turn, as a virtual disk
-may save up what was not read and lend it to whoever comes next. CPU is user + system time, per GB read.
+short turns, at random which of them first, and the median of each counts. A virtual disk may save up what was not read
+and lend it to whoever comes next, so both leave it idle for as long before a turn, fio's start and end included, and
+read for as long (fio looks at its clock every quarter of a second). CPU is user + system time, per GB read.
 The file is read once before: the disk's host may keep a cache, and then whoever reads second would win. Without fio our
 pool of threads is the other side, and no target is judged.
 
@@ -38,7 +39,7 @@ SIZES = [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, common.MIB]
 DEPTHS = [1, 4, 16, 32, 64]
 JUDGED, JUDGED_DEPTH = (16 * KIB, 64 * KIB, common.MIB), 16
 MIN_SHARE, MAX_CPU = 0.95, 2.0  # of fio's bytes/s, of fio's CPU seconds per byte
-REST_S = 0.4  # about what fio takes to start
+REST_S = 0.4  # before a turn; before ours as much more as fio takes to start and to end
 BATCH_BYTES, BATCH_READS = 4 * common.MIB, 256  # of a batch, where that is twice the depth or more
 GAP_ROWS, GAPS = [1 * KIB, 2 * KIB, 4 * KIB, 8 * KIB, 16 * KIB], [1, 2, 4, 8, 16, 32]  # row bytes, rows between two
 
@@ -158,11 +159,16 @@ def fio_run(path: Path, size: int, depth: int, seconds: float, in_order: bool = 
         f"--runtime={max(1, round(seconds * 1000))}ms", "--norandommap", "--gtod_reduce=1", "--output-format=json",
         *(["--iomem=mmaphuge"] if size * depth <= reserved_bytes() else []),
     ]  # fmt: skip
+    start = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
+    wall = time.perf_counter() - start
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     read, seconds = job["read"], job["job_runtime"] / 1000
     cpu = (job["usr_cpu"] + job["sys_cpu"]) / 100 * seconds
-    return {"bytes_per_s": read["bw_bytes"], "cpu_s_per_gb": cpu / read["io_bytes"] * 1e9}
+    return {
+        "bytes_per_s": read["bw_bytes"], "cpu_s_per_gb": cpu / read["io_bytes"] * 1e9, "s": seconds,
+        "idle_s": max(0.0, wall - seconds),
+    }  # fmt: skip
 
 
 def reserved_bytes() -> int:
@@ -201,13 +207,16 @@ def compare(args: Any, path: Path, other: str) -> list[dict[str, Any]]:
                 ours = Ours(ring, path, size, depth)
                 theirs = None if other == "fio" else Ours(pool, path, size, depth)
                 judged = other == "fio" and size in JUDGED and depth >= JUDGED_DEPTH
+                last = fio_run(path, size, depth, args.seconds) if other == "fio" else {"s": args.seconds, "idle_s": 0}
                 for _ in range(args.turns if judged else -(-args.turns // 3)):
                     for side in chance.sample(["ours", other], 2):
+                        time.sleep(REST_S)
                         if side == "ours" or theirs:
-                            time.sleep(REST_S)
-                            turns[side].append((ours if side == "ours" else theirs).run(args.seconds))
+                            time.sleep(last["idle_s"])
+                            turns[side].append((ours if side == "ours" else theirs).run(last["s"]))
                         else:
-                            turns[side].append(fio_run(path, size, depth, args.seconds))
+                            last = fio_run(path, size, depth, args.seconds)
+                            turns[side].append(last)
             row = {"size": size, "depth": depth, **{side: middle(t) for side, t in turns.items()}, "judged": judged}
             row["share"] = row["ours"]["bytes_per_s"] / row[other]["bytes_per_s"]
             row["cpu"] = row["ours"]["cpu_s_per_gb"] / max(1e-9, row[other]["cpu_s_per_gb"])
