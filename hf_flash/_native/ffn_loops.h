@@ -9,8 +9,10 @@ using Input = float;
 typedef float Vec __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 INLINE void widen_f16(const uint8_t *at, Vec *out) {
-  for (int half = 0; half < 2; half++)
-    out[half] = (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at) + half));
+  __m512i both = _mm512_loadu_si512(at);
+  asm("" : "+v"(both));  // one load of a line, not two of its halves: a line that is missing is waited for once
+  out[0] = (Vec)_mm512_cvtph_ps(_mm512_castsi512_si256(both));
+  out[1] = (Vec)_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
 }
 #elif LEVEL == 3
 typedef float Vec __attribute__((vector_size(32)));
