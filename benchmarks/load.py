@@ -1,8 +1,9 @@
 """How much does from_pretrained of a converted folder read from disk, next to what stays resident?
 
 Everything is evicted first. A child imports the packages, loads the converted folder and compares its own disk reads
-(/proc/self/io) during that call with the bytes that are in DRAM afterwards: parameters, buffers and gates. More than
-1.2 times those would mean that loading touches weights that belong on flash.
+(/proc/self/io) during that call with the bytes that the folder stores of what is in DRAM afterwards, gates included
+(bfloat16 matrices take fewer there). More than 1.2 times those would mean that loading touches weights that belong on
+flash.
 """
 
 from __future__ import annotations

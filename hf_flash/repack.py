@@ -523,13 +523,15 @@ def _gates_writer(source: Source, output: Path, bits: int, identity: str) -> Ite
 def _write_resident(source: Source, output: Path, limit: int, bar: Any) -> list[Path]:
     """Everything that is not on flash, byte for byte under its stock name, and a guard for each name that is.
 
+    Vectors come first: they are loaded through a mapping, and the kernel reads megabytes around whatever is touched.
+
     Returns:
         The files written.
     """
     ffn = {source.entry(part).name: source.entry(part) for block in source.blocks for part in parts_of(block)}
     shards: list[list[TensorSpec]] = [[TensorSpec(name, e.dtype, (0,), 0) for name, e in ffn.items()]]
     size = 0
-    for name, entry in source.located.by_key.items():
+    for name, entry in sorted(source.located.by_key.items(), key=lambda item: len(item[1].shape) > 1):
         if name in ffn:
             continue
         if size and size + entry.n_bytes > limit:
