@@ -262,7 +262,7 @@ def test_ctrl_c_at_any_time_loses_nothing(models: Models) -> None:
         timer.join()
         if i % 5 == 0:
             assert torch.equal(greedy(model, IDS, N), want)
-    assert n_stopped == 40
+    assert n_stopped >= 39  # Python drops one that comes as a finalizer, of ours or of others, begins
     assert torch.equal(greedy(model, IDS, N), want)
     assert_free(model)
 

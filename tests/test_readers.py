@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -317,6 +318,26 @@ def test_a_failing_ring_names_its_file(file: Path) -> None:
     reader._files[handle].fd = real
     reader.read([Read(handle, 4096, [view_bytes(aligned_empty(512))])])
     reader.close()
+
+
+def test_ctrl_c_that_comes_to_a_finalizer_is_not_lost(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python prints and forgets what a finalizer raises."""
+    reader, freed = uring(), []
+    assert isinstance(reader, UringReader)
+    free = reader._lib.hf_flash_batch_free
+
+    def interrupted(batch: int) -> None:
+        free(batch)
+        freed.append(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reader._lib, "hf_flash_batch_free", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader.read([Read(reader.open(file), 4096, [view_bytes(aligned_empty(512))])])
+        time.sleep(10)
+    monkeypatch.undo()
+    reader.close()
+    assert len(freed) == 1
 
 
 def test_direct_reads_are_used_where_the_file_system_has_them(file: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ that this reader is built on. The bytes are the same either way.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import errno
 import os
+import signal
 import time
 import weakref
 from itertools import accumulate
@@ -176,6 +178,16 @@ _readers: weakref.WeakSet[UringReader] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_forked)
 
 
+def _interrupt_soon() -> None:
+    """Send this process again a Ctrl-C that came to a finalizer: Python ignores what a finalizer raises."""
+
+    def send() -> None:
+        time.sleep(0.001)  # it is over by then
+        os.kill(os.getpid(), signal.SIGINT)
+
+    _thread.start_new_thread(send, ())  # takes no lock that whoever was finalized in the middle of may hold
+
+
 class _UringTicket(Ticket):
     """A batch in the ring; keeps the memory that it reads into alive until it has landed."""
 
@@ -207,8 +219,15 @@ class _UringTicket(Ticket):
 
     def __del__(self) -> None:
         """The model is gone, or this has landed; the kernel may still know a batch of a model that is gone."""
-        if self.batch is not None:
-            with contextlib.suppress(Exception):
-                if self._reader.ring:
-                    self.settle()
-            self._reader._lib.hf_flash_batch_free(self.batch)
+        interrupted = False
+        while self.batch is not None:
+            try:
+                with contextlib.suppress(Exception):
+                    if self._reader.ring:
+                        self.settle()
+                batch, self.batch = self.batch, None
+                self._reader._lib.hf_flash_batch_free(batch)
+            except KeyboardInterrupt:
+                interrupted = True
+        if interrupted:
+            _interrupt_soon()
