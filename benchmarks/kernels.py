@@ -7,7 +7,7 @@ over 512 MiB in huge pages, where the rows lie too, with as many threads, in tur
 each turn, as a machine that others use too may give half as much again in the next one, and is the median of those.
 `gate_scan` (8 bits, 3 % of the neurons fire) reads 4 bits of its sketch from end to end, and the others where these do
 not decide. Outputs are compared with torch operations.
-There the sweep, one long pass, loses more than the kernels, too: a share above 100 % says so.
+On such a machine the sweep, one long pass, loses more than the kernels, too: a share above 100 % says so.
 """
 
 # ruff: noqa: PLC0415  (--help needs no torch)

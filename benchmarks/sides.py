@@ -22,7 +22,6 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import airllm_side
@@ -110,16 +109,6 @@ def flash_stats(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str))
 
 
-def stored_resident_bytes(folder: Path, plan: dict[str, Any]) -> int:
-    """What a converted folder stores of all that the plan keeps in DRAM, FFNs apart: they come as they are needed."""
-    from hf_flash.format import read_header
-
-    files = [file for file in folder.glob("*.safetensors") if not file.name.startswith(("flash-", "gates"))]
-    kept = {name: entry.n_bytes for file in files for name, entry in read_header(file).entries.items()}
-    on_flash = {f"{path}.weight" for path in plan["streamed"]}
-    return sum(n for name, n in kept.items() if name not in on_flash) + plan["parts"].get("gates", 0)
-
-
 def start_counting(model: Any) -> Callable[[], None]:
     """What sets hf_flash's counters back when the prefill is done: they are to count decoding."""
     import hf_flash
@@ -143,7 +132,6 @@ def work(spec: dict[str, Any]) -> None:
         result.update(common.generate_greedy(model, spec["ids"], spec["n_tokens"], margins, decoding))
     if spec["side"] == "hf_flash":
         result["stats"] = flash_stats(model)
-        result["resident_bytes"] = stored_resident_bytes(Path(spec["converted_dir"]), result["stats"]["plan"])
     common.say_result({**result, **common.status_bytes()})
 
 
