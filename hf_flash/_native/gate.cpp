@@ -32,53 +32,61 @@ struct Inputs {
   float tail, gamma, per_norm, tiny, unit, threshold;  // tail < 0: the deterministic bound alone
   float *near;                                   // [n] <- how near to firing the last token brings a neuron; or null
   const int32_t *list;                           // the neurons to look at; null for all
-  // Of one token, for the scan in whole numbers: x = scale * (256 * high + low), but for `rest` in norm.
-  const int8_t *high, *low;  // [groups * 64] in the order of `Whole`, null where the scan is in floats
+  // Of one token, for the scan in whole numbers: x = scale * whole, but for `rest` in norm.
+  const int8_t *whole;       // in the order of `Whole`; null where the scan is in floats
   const float *scale;        // [groups, up to a multiple of 16]
   float rest;
   const float *planes_constant;  // [groups]: what the codes' lower bits leave out
   float upper_tail;              // `tail` of the upper 4 bits; NaN where they do not decide alone
 };
 
-// Where `Whole` has entry j of group g. A pair of groups takes 128 places: the first 32 of either, then the last 32 of
-// either, as 64 bytes of nibbles have their codes.
-INLINE int64_t place(int64_t g, int64_t j) { return g / 2 * 2 * GROUP + j / 32 * GROUP + g % 2 * 32 + j % 32; }
+// Of a group's entries: their sum times `offset`, of their squares, and the largest.
+CLONES void measure(const float *x, const float *offset, float *shift, float *squares, float *largest) {
+  float c = 0, q = 0, most = 0;
+  for (int j = 0; j < GROUP; j++) {
+    const float a = std::fabs(x[j]);
+    c += x[j] * offset[j], q += x[j] * x[j], most = a > most ? a : most;
+  }
+  *shift = c, *squares = q, *largest = most;
+}
 
-// One token in whole numbers.
+// A group's entries in whole numbers of `unit`, in two bytes each: half of the group from `to`, the others from to + GROUP.
+// Returns the square of what that leaves out; *sum: what the numbers add up to.
+CLONES double split(const float *x, float unit, int8_t *to, int32_t *sum) {
+  const float times = unit >= 0x1p-100f ? 1 / unit : 0;
+  double squares = 0;
+  int32_t all = 0;
+  for (int half = 0; half < 2; half++, x += GROUP / 2, to += GROUP) {
+    for (int j = 0; j < GROUP / 2; j++) {
+      const int32_t v = static_cast<int32_t>(std::nearbyint(x[j] * times)), upper = (v + 128) >> 8;
+      to[j] = static_cast<int8_t>(upper), to[j + 2 * GROUP] = static_cast<int8_t>(v - 256 * upper);
+      const double off = static_cast<double>(x[j]) - static_cast<double>(unit) * v;
+      squares += off * off, all += v;
+    }
+  }
+  *sum = all;
+  return squares;
+}
+
+// One token in whole numbers. Two groups take 256 bytes: upper bytes of the first 32 entries of either, of the last 32 of
+// either, as 64 bytes of nibbles have their codes; then lower bytes.
 struct Whole {
-  std::vector<int8_t> high, low;
-  Floats scale;
+  Floats bytes, scale, sums;  // scale, sums [groups]: of a whole number; of all of a group
   float rest = 0;
 
-  Whole(const float *x, int64_t groups)
-      : high(static_cast<size_t>((groups + 1) / 2 * 2 * GROUP)), low(high.size()), scale(groups + 16) {
+  Whole(const float *x, const float *largest, int64_t groups)
+      : bytes((groups + 1) / 2 * GROUP), scale(groups + 16), sums(groups) {
     double squares = 0;
     for (int64_t g = 0; g < groups; g++) {
-      const float *from = x + g * GROUP;
-      float largest = 0;
-      for (int j = 0; j < GROUP; j++) largest = std::fabs(from[j]) > largest ? std::fabs(from[j]) : largest;
-      const float unit = largest / 32512, times = unit >= 0x1p-100f ? 1 / unit : 0;
-      scale.data()[g] = unit;
-      for (int j = 0; j < GROUP; j++) {
-        const size_t at = static_cast<size_t>(place(g, j));
-        const int32_t v = static_cast<int32_t>(std::lrint(from[j] * times)), upper = (v + 128) >> 8;
-        high[at] = static_cast<int8_t>(upper), low[at] = static_cast<int8_t>(v - 256 * upper);
-        const double off = static_cast<double>(from[j]) - static_cast<double>(unit) * v;
-        squares += off * off;
-      }
+      const float unit = scale.data()[g] = largest[g] / 32512;
+      int32_t sum;
+      squares += split(x + g * GROUP, unit, entries() + g / 2 * 4 * GROUP + g % 2 * GROUP / 2, &sum);
+      sums.data()[g] = unit * static_cast<float>(sum);
     }
     rest = static_cast<float>(std::sqrt(squares) * (1 + 0x1p-20));
   }
 
-  // What the entries of group g sum to.
-  float sum(int64_t g) const {
-    int32_t all = 0;
-    for (int j = 0; j < GROUP; j++) {
-      const size_t at = static_cast<size_t>(place(g, j));
-      all += 256 * high[at] + low[at];
-    }
-    return scale.data()[g] * static_cast<float>(all);
-  }
+  int8_t *entries() { return reinterpret_cast<int8_t *>(bytes.data()); }
 };
 
 INLINE uint64_t word(const uint64_t *plane, int64_t at) {
@@ -139,117 +147,177 @@ template <int BITS> INLINE __m512i codes(const Sketch *s, int64_t at) {  // thos
 #pragma GCC target("arch=x86-64-v4,avx512vnni")
 namespace {
 
-// A neuron whose upper bits do not decide: its score in steps of 4 bits, and what bounds it.
+// Steps of groups g .. g + 16 of a neuron as float32, 0 beyond the last.
+INLINE __m512 steps16(const Sketch *s, int64_t i, int64_t g) {
+  const int64_t n = s->groups - g;
+  const __mmask16 some = n < 16 ? static_cast<__mmask16>((1u << n) - 1) : 0xffff;
+  const __m256i steps = _mm256_maskz_loadu_epi16(some, s->step + i * s->groups + g);
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(steps), 16);
+}
+
+// The sums of four vectors' entries.
+INLINE __m128 sums4(const __m512 *v) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d lower = _mm512_unpacklo_pd((__m512d)a, (__m512d)b), upper = _mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+  const __m512 all = _mm512_add_ps((__m512)lower, (__m512)upper);
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Codes times inputs of two groups, `first` of the first 32 weights of either, `last` of the last 32, summed by fours.
+INLINE __m512 pair_sum(__m512i first, __m512i last, const __m512i *x) {
+  __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), first, x[0]), last, x[1]);
+  sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), first, x[2]), last, x[3]);
+  return _mm512_cvtepi32_ps(sum);
+}
+
+INLINE void load_pair(const Inputs *in, int64_t g, __m512i *x) {
+  for (int k = 0; k < 4; k++) x[k] = _mm512_load_si512(in->whole + g * 2 * GROUP + k * GROUP);
+}
+
+INLINE __m512i lanes() {  // of the factors of 16 groups, where those of the first two are
+  return _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+}
+
+constexpr int ROWS = 4;        // neurons that are scored together: they share the loads of the inputs
+constexpr int AHEAD_ROWS = 8;  // those behind them are fetched meanwhile
+constexpr int JUDGED = 16;     // that are judged together
+
+// What the upper 4 bits of some neurons' codes give them, in steps of 4 bits, and what bounds it.
+struct Scores {
+  alignas(64) float score[JUDGED], squares[JUDGED], sure[JUDGED];
+};
+
+// Scores [at .. at + ROWS] of neurons `who`. `ahead`: those to fetch meanwhile.
+INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, int at, Scores *out) {
+  const int64_t groups = s->groups;
+  const uint8_t *from[ROWS], *next[ROWS];
+  __m512 sums[ROWS], squares[ROWS], sure[ROWS];
+  for (int r = 0; r < ROWS; r++) {
+    from[r] = s->nibbles + who[r] * groups * 32, next[r] = s->nibbles + ahead[r] * groups * 32;
+    sums[r] = squares[r] = sure[r] = _mm512_setzero_ps();
+  }
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int64_t block = 0; block < groups; block += 16) {
+    __m512 factor[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+      const __m512 step = steps16(s, who[r], block);
+      fetch(s->step + ahead[r] * groups + block);
+      factor[r] = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
+      sums[r] = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->constant + block), sums[r]);
+      squares[r] = _mm512_fmadd_ps(_mm512_mul_ps(step, step), _mm512_loadu_ps(in->squares + block), squares[r]);
+      sure[r] = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->norms + block), sure[r]);
+    }
+    __m512i lane = lanes();
+    const auto pair = [&](int64_t g, __mmask64 there) __attribute__((always_inline)) {
+      __m512i x[4];
+      load_pair(in, g, x);
+      for (int r = 0; r < ROWS; r++) {
+        fetch(next[r] + g * 32);
+        const __m512i codes = _mm512_maskz_loadu_epi8(there, from[r] + g * 32);
+        const __m512i first = _mm512_and_si512(codes, nibble), last = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+        sums[r] = _mm512_fmadd_ps(pair_sum(first, last, x), _mm512_permutexvar_ps(lane, factor[r]), sums[r]);
+      }
+      lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
+    };
+    const int64_t end = groups < block + 16 ? groups : block + 16;
+    int64_t g = block;
+    for (; g + 2 <= end; g += 2) pair(g, ~0ull);
+    if (g < end) pair(g, 0xffffffffull);
+  }
+  _mm_store_ps(out->score + at, sums4(sums));
+  _mm_store_ps(out->squares + at, sums4(squares));
+  _mm_store_ps(out->sure + at, sums4(sure));
+}
+
+// `most` of 16 neurons.
+INLINE __m512 most16(const Sketch *s, const Inputs *in, int bits, float tail, const int32_t *who, const Scores *at) {
+  const __m512 fine = _mm512_set1_ps(1.0f / static_cast<float>(1 << (bits - 4))), unit = _mm512_set1_ps(in->unit);
+  __m512 bound = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(4), _mm512_load_ps(at->sure)), fine);
+  if (tail >= 0) {
+    const __m512 squares = _mm512_mul_ps(_mm512_set1_ps(tail), _mm512_load_ps(at->squares));
+    bound = _mm512_min_ps(_mm512_mul_ps(_mm512_sqrt_ps(squares), fine), bound);  // the latter if either is NaN
+  }
+  const __m512i ids = _mm512_loadu_si512(who);
+  const __m512 norm = _mm512_i32gather_ps(ids, s->norm, 4);
+  const __m512 arithmetic = _mm512_fmadd_ps(norm, _mm512_set1_ps(in->per_norm), _mm512_set1_ps(in->tiny));
+  __m512 v = _mm512_fmadd_ps(bound, _mm512_set1_ps(1 + 1.0f / 4096), _mm512_load_ps(at->score));
+  v = _mm512_fmadd_ps(_mm512_set1_ps(in->size[0]), arithmetic, v);
+  v = _mm512_fmadd_ps(norm, _mm512_set1_ps(in->rest), v);
+  v = _mm512_fmadd_ps(unit, _mm512_abs_ps(v), v);
+  if (s->bias) {
+    const __m512 bias = _mm512_i32gather_ps(ids, s->bias, 4);
+    v = _mm512_add_ps(v, _mm512_fmadd_ps(_mm512_set1_ps(in->gamma), _mm512_abs_ps(bias), bias));
+    v = _mm512_fmadd_ps(unit, _mm512_abs_ps(v), v);
+  }
+  return v;
+}
+
+// What the lower bits of a neuron's codes add to its score, in steps of all bits.
+template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, int64_t i) {
+  const __m512i order = _mm512_set_epi32(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  __m512 sum = _mm512_setzero_ps(), constant = sum;
+  for (int64_t block = 0; block < s->groups; block += 16) {
+    const __m512 step = steps16(s, i, block), factor = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
+    constant = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->planes_constant + block), constant);
+    __m512i lane = lanes();
+    for (int64_t g = block; g < block + 16 && g < s->groups; g += 8) {
+      const int64_t n = s->groups - g;
+      alignas(64) uint64_t bits[BITS - 4 + 1][8];  // of each pair of groups those of the first 32 weights, then the others
+      for (int p = 0; p < BITS - 4; p++) {
+        const __mmask8 some = n < 8 ? static_cast<__mmask8>((1u << n) - 1) : 0xff;
+        const __m512i words = _mm512_maskz_loadu_epi64(some, s->planes[p] + i * s->groups + g);
+        _mm512_store_si512(bits[p], _mm512_permutexvar_epi32(order, words));
+      }
+      for (int64_t k = 0; k < 8 && k < n; k += 2) {
+        __m512i x[4], codes[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+        load_pair(in, g + k, x);
+        for (int p = 0; p < BITS - 4; p++)
+          for (int half = 0; half < 2; half++)
+            codes[half] = _mm512_mask_add_epi8(codes[half], bits[p][k + half], codes[half],
+                                               _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - p))));
+        sum = _mm512_fmadd_ps(pair_sum(codes[0], codes[1], x), _mm512_permutexvar_ps(lane, factor), sum);
+        lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
+      }
+    }
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(sum, constant));
+}
+
+// A neuron whose upper bits do not decide.
 struct Undecided {
   int64_t i;
   float score, squares, sure;
 };
 
-INLINE __m512 steps16(const uint16_t *from, int64_t n) {  // the next 16 of n steps, 0 beyond
-  const __mmask16 some = n < 16 ? static_cast<__mmask16>((1u << n) - 1) : 0xffff;
-  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from)), 16);
-}
-
-INLINE __m512 some16(const float *from, int64_t n) {
-  return _mm512_maskz_loadu_ps(n < 16 ? static_cast<__mmask16>((1u << n) - 1) : 0xffff, from);
-}
-
-// What the upper 4 bits of N neurons' codes give them, in steps of 4 bits; `ahead`: those that come next.
-template <int N>
-INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, float *factors,
-                       Undecided *out) {
-  const int64_t groups = s->groups, padded = (groups + 15) / 16 * 16;
-  __m512 sums[N];
-  for (int r = 0; r < N; r++) {
-    const uint16_t *steps = s->step + who[r] * groups;
-    fetch(s->step + ahead[r] * groups);
-    __m512 squares = _mm512_setzero_ps(), sure = _mm512_setzero_ps();
-    sums[r] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < groups; g += 16) {
-      const int64_t n = groups - g;
-      const __m512 step = steps16(steps + g, n);
-      _mm512_storeu_ps(factors + r * padded + g, _mm512_mul_ps(step, _mm512_loadu_ps(in->scale + g)));
-      sums[r] = _mm512_fmadd_ps(step, some16(in->constant + g, n), sums[r]);
-      squares = _mm512_fmadd_ps(_mm512_mul_ps(step, step), some16(in->squares + g, n), squares);
-      sure = _mm512_fmadd_ps(step, some16(in->norms + g, n), sure);
-    }
-    out[r] = {who[r], 0, _mm512_reduce_add_ps(squares), _mm512_reduce_add_ps(sure)};
-  }
-  const __m512i nibble = _mm512_set1_epi8(15), second = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  for (int64_t g = 0; g < groups; g += 2) {
-    const __mmask64 both = g + 1 < groups ? ~0ull : 0xffffffffull;
-    const __m512i lane = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(g % 16)), second);
-    const int8_t *high = in->high + g * GROUP, *low = in->low + g * GROUP;
-    const __m512i h0 = _mm512_loadu_si512(high), h1 = _mm512_loadu_si512(high + GROUP);
-    const __m512i l0 = _mm512_loadu_si512(low), l1 = _mm512_loadu_si512(low + GROUP);
-    for (int r = 0; r < N; r++) {
-      fetch(s->nibbles + (ahead[r] * groups + g) * 32);
-      const __m512i codes = _mm512_maskz_loadu_epi8(both, s->nibbles + (who[r] * groups + g) * 32);
-      const __m512i first = _mm512_and_si512(codes, nibble), last = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
-      __m512i sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), first, h0), last, h1);
-      sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), first, l0), last, l1);
-      const __m512 factor = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(factors + r * padded + g / 16 * 16));
-      sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, sums[r]);
-    }
-  }
-  for (int r = 0; r < N; r++) out[r].score = _mm512_reduce_add_ps(sums[r]);
-}
-
-template <int BITS> INLINE __m512i lower_bits(const Sketch *s, int64_t at) {  // of the codes of group `at`
-  __m512i c = _mm512_setzero_si512();
-  for (int k = 0; k < BITS - 4; k++)
-    c = _mm512_mask_add_epi8(c, word(s->planes[k], at), c, _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - k))));
-  return c;
-}
-
-INLINE __m512i entries(const int8_t *x, int64_t g) {  // the 64 of group g, in order
-  const int8_t *from = x + place(g, 0);
-  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(first), _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from + GROUP)), 1);
-}
-
-// What the lower bits of a neuron's codes add to its score, in steps of all bits.
-template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, int64_t i) {
-  __m512 sum = _mm512_setzero_ps();
-  float constant = 0;
-  for (int64_t g = 0; g < s->groups; g++) {
-    const float step = from_bf16(s->step[i * s->groups + g]);
-    constant += step * in->planes_constant[g];
-    const __m512i codes = lower_bits<BITS>(s, i * s->groups + g);
-    __m512i part = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, entries(in->high, g));
-    part = _mm512_dpbusd_epi32(_mm512_slli_epi32(part, 8), codes, entries(in->low, g));
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part), _mm512_set1_ps(step * in->scale[g]), sum);
-  }
-  return constant + _mm512_reduce_add_ps(sum);
-}
-
 // The scan of one token in whole numbers, codes of 4 bits times inputs of 16, which AVX512-VNNI sums four at a time. Most
 // neurons are silent by the upper 4 bits of their codes, and the others' planes are looked at only then.
 template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
-  constexpr int N = 8;  // at a time: they share the loads of the inputs
   static thread_local std::vector<int32_t> who;  // they keep their memory from tile to tile
   static thread_local std::vector<Undecided> undecided;
-  static thread_local std::vector<float> factors;
   who.clear(), undecided.clear();
   for (int64_t k = begin; k < end; k++)
     if (!wanted[neuron(in, k)]) who.push_back(static_cast<int32_t>(neuron(in, k)));
   const int64_t n = static_cast<int64_t>(who.size());
   if (!n) return;
-  who.resize(who.size() + 2 * N, who.back());
-  factors.resize(static_cast<size_t>(N * (s->groups + 16)));
-  for (int64_t k = 0; k < n; k += N) {
-    Undecided found[N];
-    by_nibbles<N>(s, in, who.data() + k, who.data() + k + N, factors.data(), found);
-    for (int r = 0; r < N && k + r < n; r++) {
-      const Undecided &u = found[r];
-      const float v = most(s, in, 4, BITS > 4 ? in->upper_tail : in->tail, u.i, 0, u.score, u.squares, u.sure);
-      const bool may = reaches(in, v) || (BITS > 4 && in->upper_tail != in->upper_tail);
-      if (in->near) in->near[u.i] = v;
-      wanted[u.i] = BITS == 4 && may ? in->last_mark : 0;
-      if (BITS == 4 || !may) continue;
+  who.resize(who.size() + JUDGED + AHEAD_ROWS, who.back());
+  const float tail = BITS > 4 ? in->upper_tail : in->tail;
+  for (int64_t k = 0; k < n; k += JUDGED) {
+    const int32_t *some = who.data() + k;
+    Scores scores;
+    for (int r = 0; r < JUDGED; r += ROWS) by_nibbles(s, in, some + r, some + r + AHEAD_ROWS, r, &scores);
+    const __m512 v = most16(s, in, 4, tail, some, &scores);
+    const unsigned judged = n - k < JUDGED ? (1u << (n - k)) - 1 : 0xffff;
+    const unsigned reach = _mm512_cmp_ps_mask(v, _mm512_set1_ps(in->threshold), _CMP_NLE_UQ);  // NaN wants every neuron
+    unsigned may = (BITS > 4 && tail != tail ? 0xffff : reach) & judged;
+    if (in->near) _mm512_mask_i32scatter_ps(in->near, static_cast<__mmask16>(judged), _mm512_loadu_si512(some), v, 4);
+    for (int r = 0; r < JUDGED && k + r < n; r++) wanted[some[r]] = BITS == 4 && may >> r & 1 ? in->last_mark : 0;
+    for (; BITS > 4 && may; may &= may - 1) {
+      const int r = __builtin_ctz(may);
+      undecided.push_back({some[r], scores.score[r], scores.squares[r], scores.sure[r]});
       for (int p = 0; p < BITS - 4; p++)
-        for (int64_t g = 0; g < s->groups; g += 8) fetch(s->planes[p] + u.i * s->groups + g);
-      undecided.push_back(u);
+        for (int64_t g = 0; g < s->groups; g += 8) fetch(s->planes[p] + some[r] * s->groups + g);
     }
   }
   for (const Undecided &u : undecided) {
@@ -274,7 +342,7 @@ inline bool can_scan_whole() {
 
 template <int BITS> void scan(const Sketch *s, const Inputs *in, int64_t begin, int64_t end, uint8_t *wanted) {
 #ifdef WHOLE
-  if (in->high) return scan_whole<BITS>(s, in, begin, end, wanted);
+  if (in->whole) return scan_whole<BITS>(s, in, begin, end, wanted);
 #endif
   CALL(scan<BITS>, s, in, begin, end, wanted);
 }
@@ -300,37 +368,29 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
                       uint8_t *marks, float upper_tail, float *near, const int32_t *list, Found found, void *arg) {
   const int64_t groups = (d + GROUP - 1) / GROUP;
   const Sketch s{nibbles, {plane5, plane6, plane7, plane8}, step, norm, bias, groups, bits};
-  std::vector<float> padded(static_cast<size_t>(T * groups * GROUP), 0.0f), sums(static_cast<size_t>(3 * T * groups)),
-      size(static_cast<size_t>(T)), planes_constant(static_cast<size_t>(groups));
+  std::vector<float> padded(static_cast<size_t>(T * groups * GROUP), 0.0f), sums(static_cast<size_t>(4 * T * groups + 16)),
+      size(static_cast<size_t>(T)), planes_constant(static_cast<size_t>(groups + 16));
   float *constant = sums.data(), *squares = constant + T * groups, *norms = squares + T * groups;
+  float *largest = norms + T * groups + 16;
   for (int64_t t = 0; t < T; t++) {
-    float *to = padded.data() + t * groups * GROUP, largest = 0, all = 0;
+    float *to = padded.data() + t * groups * GROUP, high = 0, all = 0;
     std::memcpy(to, x + t * d, static_cast<size_t>(d) * sizeof(float));
-    bool finite = true;
-    for (int64_t j = 0; j < d; j++) {
-      const float a = std::fabs(to[j]);
-      largest = a > largest ? a : largest;
-      finite &= a <= most;  // false for NaN
-    }
-    for (int64_t g = 0; g < groups; g++) {
-      float c = 0, q = 0;
-      for (int j = 0; j < GROUP; j++) {
-        const float v = to[g * GROUP + j];
-        c += v * offset[g * GROUP + j];
-        q += v * v;
-      }
+    for (int64_t i = t * groups, g = 0; g < groups; i++, g++) {
+      float q;
+      measure(to + g * GROUP, offset + g * GROUP, constant + i, &q, largest + i);
       q *= 1 + 1.0f / 65536;
-      constant[t * groups + g] = c, squares[t * groups + g] = q, norms[t * groups + g] = std::sqrt(q);
-      all += q;
+      squares[i] = q, norms[i] = std::sqrt(q);
+      all += q, high = largest[i] > high ? largest[i] : high;
     }
-    size[static_cast<size_t>(t)] = finite && (largest == 0 || largest >= least) ? std::sqrt(all) : INFINITY;
+    const bool finite = high <= most && all == all;  // NaN is not larger than anything, but a sum of squares is NaN
+    size[static_cast<size_t>(t)] = finite && (high == 0 || high >= least) ? std::sqrt(all) : INFINITY;
   }
   const bool in_whole = T == 1 && can_scan_whole() && size[0] < INFINITY;
-  const Whole whole(padded.data(), in_whole ? groups : 0);
+  Whole whole(padded.data(), largest, in_whole ? groups : 0);
   for (int64_t g = 0; g < groups && in_whole; g++) {
     // What a code of 0 stands for in b bits is 2^(b - 4) times that in 4 bits, less (2^(b - 4) - 1) / 2. And codes of 4 bits
     // begin 8 below the middle.
-    const float finer = static_cast<float>(1 << (bits - 4)), sum = whole.sum(g);
+    const float finer = static_cast<float>(1 << (bits - 4)), sum = whole.sums.data()[g];
     planes_constant[static_cast<size_t>(g)] = -0.5f * (finer - 1) * sum;
     constant[g] = (constant[g] - planes_constant[static_cast<size_t>(g)]) / finer - 8 * sum;
   }
@@ -340,7 +400,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
     const uint8_t mark = static_cast<uint8_t>(LAST + 1 + some.size());
     some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
                     norms + t * groups, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
-                    tiny, unit, threshold, end == T ? near : nullptr, list, in_whole ? whole.high.data() : nullptr, whole.low.data(),
+                    tiny, unit, threshold, end == T ? near : nullptr, list, in_whole ? whole.entries() : nullptr,
                     whole.scale.data(), whole.rest, planes_constant.data(), upper_tail});
   }
   const int threads = n * groups < 4096 * max_threads() ? 1 : max_threads();
