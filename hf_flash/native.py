@@ -30,7 +30,7 @@ from hf_flash.plan import IntArray
 
 logger = logging.get_logger(__name__)
 
-ABI = 11
+ABI = 12
 DONE, FAILED, SIGNAL, NO_ROOM = range(4)  # results of calls, as in calls.h
 MAX_TOKENS = 8  # tokens of a pass that the kernels are made for; more are matrix products, which torch does best
 _PASSED_OVER = 255  # gate.h
@@ -102,7 +102,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_norm.restype = None
     lib.hf_flash_norm.argtypes = [_P, _I, _P, _P, _F, _P]
     lib.hf_flash_step.restype = _N
-    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N, _P]
+    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N, _P, _P]
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
     lib.hf_flash_step_land.restype = _N

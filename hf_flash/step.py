@@ -34,7 +34,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *[(name, _I) for name in ("d", "d_out", "n")],
-        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("offset4", _P),
+        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P),
         ("arithmetic", _F * 4 * 3),
         ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I), ("upper_tail", _F),
         *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows", "state")],
@@ -145,7 +145,8 @@ class NativeStep:
             x = x.contiguous()
         y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
         begun = 0.0 if trace.active is None else time.perf_counter()
-        result = self._step(self._address, x.data_ptr(), x.numel() // self._d, self._code, y.data_ptr(), looks, None)
+        n_tokens = x.numel() // self._d
+        result = self._step(self._address, x.data_ptr(), n_tokens, self._code, y.data_ptr(), looks, None, None)
         if result:
             self.ended(result)
             return None
@@ -248,20 +249,19 @@ class NativeStep:
         """The spans of a step, from the times that it noted."""
         computing, path = stop - ffn_s, self._layer.path
         waiting = computing - wait_s
-        here = waiting - here_s
-        guessing = here - early_s
+        here, guessing = waiting - here_s, begun + gate_s
 
         def span(name: str, start: float, stop: float, **args: Any) -> Span:
             return Span(name, start, stop, path, track, args)
 
         found = [
             span(trace.GATE_SCAN, begun, begun + gate_s, native=True, wanted=n_wanted),
-            span(trace.SUBMIT, begun + gate_s, guessing, native=True, reads=n_reads),
+            span(trace.SUBMIT, guessing + early_s, here, native=True, reads=n_reads),
             span(trace.WAIT, waiting, computing),
             span(trace.ARITHMETIC, computing, stop, native=True, neurons=n_wanted),
         ]
         if early_s:
-            found.append(span(trace.EARLY, guessing, here, native=True))
+            found.append(span(trace.EARLY, guessing, guessing + early_s, native=True))
         if here_s:
             found.append(span(trace.ARITHMETIC, here, waiting, native=True))
         if n_bytes:

@@ -69,6 +69,20 @@ def test_sparse_ffn_of_any_number_of_rows(n, gated) -> None:
     assert n_fired == int((h != 0).any(0).sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [64, 131, 400])
+def test_sums_do_not_depend_on_who_takes_which_rows(n, dtype) -> None:
+    """Threads take parts as they come free, and other work delays one of them; yet a token is the same each time."""
+    torch.manual_seed(n)
+    layout = BundleLayout(64, 96, False, dtype)
+    up, down = torch.randn(n, 64).to(dtype), torch.randn(n, 96).to(dtype)
+    rows, slots, x = layout.pack(up, down, None), torch.randperm(n), torch.randn(1, 64).to(dtype)
+    ys = [native.sparse_ffn(x, rows, slots, 64, 96, False, dtype, (0, 0.0)) for _ in range(200)]
+    want = torch.relu(x.double() @ up.double().t()).to(dtype).double() @ down.double()
+    torch.testing.assert_close(ys[0][0].double(), want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+    assert all(torch.equal(y, ys[0][0]) and n_fired == ys[0][1] for y, n_fired in ys)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_bfloat16_rows_with_float32_inputs(gated) -> None:
     """Inputs that are no bfloat16 go another way than those that are, where the CPU multiplies pairs of bfloat16."""

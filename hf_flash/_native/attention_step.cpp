@@ -44,6 +44,12 @@ void rotate(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t
 
 extern "C" {
 
+// What it looks at first.
+void hf_flash_attention_looks_at(const AttentionStep *s, Ahead *out) {
+  const Projection *first[] = {&s->k, &s->v, &s->q};
+  for (int i = 0; i < 3; i++) out->from[i] = first[i]->rows, out->n_bytes[i] = first[i]->n * first[i]->stride;
+}
+
 int64_t hf_flash_attention_step_bytes() { return sizeof(AttentionStep); }
 
 // out = the attention of x [E], as the token behind n others. Its keys and values are written behind theirs: to row n of

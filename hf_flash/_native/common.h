@@ -12,6 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -156,6 +159,15 @@ inline int max_threads() {
 #else
   return 1;
 #endif
+}
+
+// Of the cache that cores share, or a guess where the system does not tell.
+inline int64_t last_cache_bytes() {
+  long found = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  found = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return found > 0 ? found : 8 << 20;
 }
 
 // work(part) for every part, on as many threads; all parts are done even where fewer threads are given.

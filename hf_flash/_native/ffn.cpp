@@ -65,13 +65,13 @@ template <int64_t PLACE(int64_t)> void add_in_order(const float *from, int64_t d
   for (; j < d; j++) to[j] += from[j];
 }
 
-template <int TYPE> int64_t run(const Ffn &f, float *out) {
-  return sum_parts(f.n, f.T * f.d_out, out, [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
+template <int TYPE> int64_t run(const Ffn &f, First first, float *out) {
+  return sum_parts(f.n, f.T * f.d_out, out, first, [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
     CALL(ffn<TYPE>, &f, f.x, begin, end, acc, fired);
   });
 }
 
-int64_t run_mixed(Ffn f, float *out) {
+int64_t run_mixed(Ffn f, First first, float *out) {
   Floats x(f.T * f.d), sums(f.T * f.d_out);
   for (int64_t t = 0; t < f.T; t++) {
     const float *from = f.x + t * f.d;
@@ -82,44 +82,48 @@ int64_t run_mixed(Ffn f, float *out) {
     for (; j < f.d; j++) to[j] = from[j];
   }
   f.x = x.data();
-  const int64_t fired = run<BF16>(f, sums.data());
+  const int64_t fired = run<BF16>(f, first, sums.data());
   for (int64_t t = 0; t < f.T; t++) add_in_order<mixed>(sums.data() + t * f.d_out, f.d_out, out + t * f.d_out);
   return fired;
 }
 
 #ifdef HAVE_PAIRS
-int64_t run_pairs(const Ffn &f, float *out) {
+int64_t run_pairs(const Ffn &f, First first, float *out) {
   Floats bits(f.T * f.d / 2 + 1), sums(f.T * f.d_out);
   uint16_t *x = reinterpret_cast<uint16_t *>(bits.data());
   from_float(f.x, f.T * f.d, BF16, x);
   const auto work = [&](int64_t begin, int64_t end, float *acc, int64_t *fired) {
     pairs::ffn<BF16>(&f, x, begin, end, acc, fired);
   };
-  const int64_t fired = sum_parts(f.n, f.T * f.d_out, sums.data(), work);
+  const int64_t fired = sum_parts(f.n, f.T * f.d_out, sums.data(), first, work);
   for (int64_t t = 0; t < f.T; t++) add_in_order<paired>(sums.data() + t * f.d_out, f.d_out, out + t * f.d_out);
   return fired;
 }
 #endif
 
-int64_t run_bf16(const Ffn &f, float *out) {
+int64_t run_bf16(const Ffn &f, First first, float *out) {
 #ifdef HAVE_PAIRS
-  if (f.round_dtype == BF16 && level() == 4 && __builtin_cpu_supports("avx512bf16")) return run_pairs(f, out);
+  if (f.round_dtype == BF16 && level() == 4 && __builtin_cpu_supports("avx512bf16")) return run_pairs(f, first, out);
 #endif
-  return run_mixed(f, out);
+  return run_mixed(f, first, out);
 }
 
 }  // namespace
 
+int64_t sparse_ffn(const Ffn &f, int dtype, First first, float *out) {
+  return dtype == BF16 ? run_bf16(f, first, out) : dtype == F16 ? run<F16>(f, first, out) : run<F32>(f, first, out);
+}
+
 extern "C" {
 
-int hf_flash_abi() { return 11; }
+int hf_flash_abi() { return 12; }
 
 // out [T, d_out] float32 += the FFN of x over n slots; returns how many of them fired for any token.
 int64_t hf_flash_sparse_ffn(const float *x, int64_t T, int64_t d, int64_t d_out, const uint8_t *rows, int64_t stride,
                             const int64_t *slots, int64_t n, const float *gate_bias, const float *up_bias, int gated,
                             int dtype, int round_dtype, int act, float threshold, float *out) {
   const Ffn f{x, T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
-  return dtype == BF16 ? run_bf16(f, out) : dtype == F16 ? run<F16>(f, out) : run<F32>(f, out);
+  return sparse_ffn(f, dtype, First(), out);
 }
 
 }  // extern "C"

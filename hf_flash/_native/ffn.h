@@ -2,10 +2,6 @@
 #pragma once
 #include "common.h"
 
-namespace {
-
-enum Act { RELU = 0, RELU_SQUARED = 1, FATRELU = 2, RELU6 = 3, SILU = 4, GELU = 5, GELU_TANH = 6 };
-
 struct Ffn {
   const float *x;           // [T, d], exact values of the model's dtype
   int64_t T, d, d_out;
@@ -17,6 +13,26 @@ struct Ffn {
   float threshold;
   int64_t n;
 };
+
+// What the calling thread does before it helps to sum.
+struct First {
+  void (*call)(void *) = nullptr;
+  void *who = nullptr;
+
+  void operator()() const {
+    if (call) call(who);
+  }
+};
+
+// out [T, d_out] float32 += the FFN; returns how many neurons fired for any token. `dtype`: of the rows, which are packed
+// (packed.h) for the second.
+int64_t sparse_ffn(const Ffn &f, int dtype, First first, float *out);
+int64_t packed_ffn(const Ffn &f, const int64_t *ids, int base, const int32_t *start, const uint32_t *escapes, First first,
+                   float *out);
+
+namespace {
+
+enum Act { RELU = 0, RELU_SQUARED = 1, FATRELU = 2, RELU6 = 3, SILU = 4, GELU = 5, GELU_TANH = 6 };
 
 INLINE float activate(float z, int act, float threshold) {
   switch (act) {
@@ -30,25 +46,33 @@ INLINE float activate(float z, int act, float threshold) {
   }
 }
 
-// Neurons in parts, one a thread, each with sums of its own: work(begin, end, sums, fired). out += all sums.
-template <class F> int64_t sum_parts(int64_t n, int64_t n_out, float *out, F work) {
+constexpr int64_t PART = 32;  // neurons, at least
+
+// Neurons in parts, taken by whoever is free, each with sums of its own: work(begin, end, sums, fired). out += all sums, in
+// the order of the parts, which depend on nothing but n and the number of threads.
+template <class F> int64_t sum_parts(int64_t n, int64_t n_out, float *out, First first, F work) {
   int threads = max_threads();
   if (n < 16 * threads) threads = 1;
   if (threads == 1) {
     int64_t fired = 0;
+    first();
     work(0, n, out, &fired);
     return fired;
   }
+  const int64_t few = n / PART < 4 * threads ? n / PART : 4 * threads, parts = few > threads ? few : threads;
   const int64_t stride = (n_out + 15) / 16 * 16;
-  Floats sums(threads * stride);
-  std::vector<int64_t> fired(static_cast<size_t>(threads) * 8, 0);  // a cache line each
+  Floats sums(parts * stride);
+  std::vector<int64_t> fired(static_cast<size_t>(parts) * 8, 0);  // a cache line each
+  std::atomic<int64_t> next{0};
   in_parallel(threads, [&](int me) {
-    work(n * me / threads, n * (me + 1) / threads, sums.data() + me * stride, &fired[static_cast<size_t>(me) * 8]);
+    if (me == 0) first();
+    for (int64_t k; (k = next.fetch_add(1)) < parts;)
+      work(n * k / parts, n * (k + 1) / parts, sums.data() + k * stride, &fired[static_cast<size_t>(k) * 8]);
   });
   int64_t total = 0;
-  for (int me = 0; me < threads; me++) {
-    total += fired[static_cast<size_t>(me) * 8];
-    const float *part = sums.data() + me * stride;
+  for (int64_t k = 0; k < parts; k++) {
+    total += fired[static_cast<size_t>(k) * 8];
+    const float *part = sums.data() + k * stride;
     for (int64_t j = 0; j < n_out; j++) out[j] += part[j];
   }
   return total;

@@ -47,7 +47,11 @@ void attend(LayerCall *c) {
 }
 
 int ffn(LayerCall *c, bool *signalled) {
-  if (c->step) return hf_flash_step(c->step, c->z, 1, BF16, c->out, static_cast<int>(c->looks), signalled);
+  if (c->step) {
+    Ahead ahead;
+    if (c->next) hf_flash_attention_looks_at(c->next->layer->attention, &ahead);
+    return hf_flash_step(c->step, c->z, 1, BF16, c->out, static_cast<int>(c->looks), signalled, &ahead);
+  }
   const bool goes_on = c->done == SUMMING;
   c->done = SUMMING;
   return hf_flash_stream_sum(c->stream, c->sum, goes_on ? nullptr : c->z, goes_on ? nullptr : c->out);

@@ -90,16 +90,23 @@ int64_t hf_flash_packed_ffn(const float *x, int64_t T, int64_t d, int64_t d_out,
                             const int64_t *slots, const int64_t *ids, int64_t n, const float *gate_bias,
                             const float *up_bias, int gated, int base, const int32_t *start, const uint32_t *escapes,
                             int round_dtype, int act, float threshold, float *out) {
-  Floats mixed = shuffle(x, T, d);
-  Floats sums(T * d_out);
-  const Ffn f{mixed.data(), T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
-  const Packed p(d * (gated ? 2 : 1) + d_out, base, start, escapes);
-  const int64_t fired = sum_parts(n, T * d_out, sums.data(), [&](int64_t begin, int64_t end, float *acc, int64_t *some) {
-    CALL(ffn, &f, &p, ids, begin, end, acc, some);
-  });
-  for (int64_t t = 0; t < T; t++)
-    for (int64_t j = 0; j < d_out; j++) out[t * d_out + j] += sums.data()[t * d_out + shuffled(j)];
-  return fired;
+  const Ffn f{x, T, d, d_out, rows, stride, slots, gate_bias, up_bias, gated, act, round_dtype, threshold, n};
+  return packed_ffn(f, ids, base, start, escapes, First(), out);
 }
 
 }  // extern "C"
+
+int64_t packed_ffn(const Ffn &given, const int64_t *ids, int base, const int32_t *start, const uint32_t *escapes,
+                   First first, float *out) {
+  Ffn f = given;
+  Floats mixed = shuffle(f.x, f.T, f.d), sums(f.T * f.d_out);
+  f.x = mixed.data();
+  const Packed p(f.d * (f.gated ? 2 : 1) + f.d_out, base, start, escapes);
+  const auto work = [&](int64_t begin, int64_t end, float *acc, int64_t *some) {
+    CALL(ffn, &f, &p, ids, begin, end, acc, some);
+  };
+  const int64_t fired = sum_parts(f.n, f.T * f.d_out, sums.data(), first, work);
+  for (int64_t t = 0; t < f.T; t++)
+    for (int64_t j = 0; j < f.d_out; j++) out[t * f.d_out + j] += sums.data()[t * f.d_out + shuffled(j)];
+  return fired;
+}

@@ -17,7 +17,7 @@ struct Step {  // step.py has the same fields in the same order
   const uint8_t *nibbles;
   const uint64_t *planes[4];
   const uint16_t *step;
-  const float *norm, *offset, *offset4;  // what a code of 0 stands for: with all bits, with 4
+  const float *norm, *offset;  // `offset`: what a code of 0 stands for
   float arithmetic[3][4];
   float tail, bar, least, most;
   int64_t bits;
@@ -78,9 +78,35 @@ int land(Step *s, void **batch, bool *signalled = nullptr) {
   return DONE;
 }
 
+bool has_landed(const Step *s, void *batch) { return !batch || hf_flash_batch_ready(s->ring, batch); }
+
+constexpr int64_t CHUNK = 1 << 14;  // bytes that are loaded between two looks at what has landed
+
+void keep(uint64_t value) { asm volatile("" : : "r"(value)); }  // it is computed though nobody uses it
+
+// Cores that would wait for flash load what they will compute on next into their caches. Returns once all has landed, or
+// when there is nothing more to load.
+void load_meanwhile(Step *s, const Ahead &ahead) {
+  static const int64_t cache = last_cache_bytes() / 2;
+  std::atomic<bool> landed{false};
+  std::atomic<int64_t> next{0};
+  in_parallel(max_threads(), [&](int me) {
+    while (!landed.load(std::memory_order_relaxed)) {
+      int64_t at = next.fetch_add(CHUNK);
+      int k = 0;
+      if (at >= cache) return;
+      for (; k < 3 && at >= ahead.n_bytes[k]; k++) at -= (ahead.n_bytes[k] + CHUNK - 1) / CHUNK * CHUNK;
+      if (k == 3) return;
+      const uint8_t *from = ahead.from[k] + at, *end = ahead.from[k] + std::min(at + CHUNK, ahead.n_bytes[k]);
+      uint64_t sum = 0;  // loads: of prefetches the core drops what it has no room for
+      for (uint64_t word; from < end; from += 64) std::memcpy(&word, from, sizeof word), sum += word;
+      keep(sum);
+      if (me == 0 && has_landed(s, s->early) && has_landed(s, s->batch)) landed = true;
+    }
+  });
+}
+
 constexpr int64_t SAMPLE = 256;  // neurons by which `nearest` is chosen
-constexpr int64_t GUESSES = 8;   // that are read together
-constexpr int64_t VICTIMS = 64;  // looked for together
 constexpr double NEAREST = 0.25;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
@@ -148,9 +174,10 @@ std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t>
   return slots;
 }
 
-// Look whose slots the step at a time may take: as many as the last one took, and some to choose from.
+// Look whose slots the step at a time may take: as many as the last one and the guess before it took, and some to choose
+// from.
 void set_aside(Step *s, int64_t time) {
-  const int64_t n = s->n_read + s->n_read / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
+  const int64_t taken = s->n_read + s->n_early, n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
   const std::vector<int64_t> found = n > 0 ? victims(s, time, n, false) : std::vector<int64_t>();
   std::copy(found.begin(), found.end(), s->spare);
   s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
@@ -216,7 +243,7 @@ int fetch(Step *s, const std::vector<int64_t> &missing) {
 
 // Everything is under way. `who` <- the wanted neurons, first those that need not be waited for. `coming`, sorted: the
 // others, apart from right guesses.
-void keep_books(Step *s, const std::vector<int64_t> &coming) {
+void sort_out(Step *s, const std::vector<int64_t> &coming) {
   int64_t early = 0;
   size_t k = 0;
   s->n_here = 0;
@@ -224,7 +251,6 @@ void keep_books(Step *s, const std::vector<int64_t> &coming) {
   later.clear();
   for (int64_t i = 0; i < s->n_wanted; i++) {
     const int64_t neuron = s->ids[i];
-    use(s, neuron);
     while (early < s->n_early && s->early_ids[early] < neuron) early++;
     const bool is_early = early < s->n_early && s->early_ids[early] == neuron;
     const bool is_coming = k < coming.size() && coming[k] == neuron;
@@ -253,16 +279,14 @@ std::vector<float> gather(const float *bias, const int64_t *ids, int64_t n) {
 }
 
 // out [T, d_out] += what neurons begin .. end of `who` make of x [T, d].
-void add_ffn(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t begin, int64_t end, float *out) {
+void add_ffn(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t begin, int64_t end, First first, float *out) {
   const int64_t n = end - begin, *ids = s->who + begin, *slots = s->slots + begin;
   const std::vector<float> gate = gather(s->gate_bias, ids, n), up = gather(s->up_bias, ids, n);
   const float *gate_bias = s->gate_bias ? gate.data() : nullptr, *up_bias = s->up_bias ? up.data() : nullptr;
-  const int gated = static_cast<int>(s->gated), act = static_cast<int>(s->act);
-  s->n_fired += s->packed ? hf_flash_packed_ffn(x.data(), T, s->d, s->d_out, s->rows, s->row_bytes, slots, ids, n, gate_bias,
-                                                up_bias, gated, static_cast<int>(s->base), s->escapes_start, s->escapes,
-                                                dtype, act, s->threshold, out)
-                          : hf_flash_sparse_ffn(x.data(), T, s->d, s->d_out, s->rows, s->row_bytes, slots, n, gate_bias,
-                                                up_bias, gated, static_cast<int>(s->dtype), dtype, act, s->threshold, out);
+  const Ffn f{x.data(), T, s->d, s->d_out, s->rows, s->row_bytes, slots, gate_bias, up_bias, static_cast<int>(s->gated),
+              static_cast<int>(s->act), dtype, s->threshold, n};
+  s->n_fired += s->packed ? packed_ffn(f, ids, static_cast<int>(s->base), s->escapes_start, s->escapes, first, out)
+                          : sparse_ffn(f, static_cast<int>(s->dtype), first, out);
 }
 
 // Neurons that are not in DRAM and came near to firing at the last token: `list` <- them, sorted; returns how many.
@@ -291,73 +315,80 @@ int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const 
                        arg);
 }
 
-// What is guessed is read while the guessing goes on, as far as there are slots that are fresh or outside the window.
-struct Guess {
+// Guess what the layer behind will likely want: `early_ids` of that; returns how many. x [d] is this layer's input: the
+// layer behind norms nearly the same residual stream.
+int64_t guess(Step *s, const float *x, int dtype) {
+  Step *to = s->next;
+  if (to->early) return 0;  // somebody was stopped in the middle: its own step tidies up
+  const double begun = now();
+  std::vector<float> input(static_cast<size_t>(s->d));
+  for (size_t j = 0; j < input.size(); j++) input[j] = x[j] * s->scale[j] + s->shift[j];
+  const int64_t n_list = nearest(to);
+  for (int64_t k = 0; k < n_list; k++) to->marks[to->list[k]] = 0;
+  const int64_t n = scan(to, input.data(), 1, dtype, to->early_ids, to->list, n_list, nullptr, nullptr);
+  s->early_s = now() - begun;
+  return n;
+}
+
+// Start reading the n neurons that were guessed, as far as there are slots that are fresh or outside the window. A wrong
+// guess costs a read and a slot.
+void read_ahead(Step *s, int64_t n) {
+  const int64_t time = s->state[CLOCK] + 1;  // of the step to come
+  if (s->spare_time != time) set_aside(s, time);
+  std::vector<int64_t> neurons, slots;
+  for (int64_t k = 0; static_cast<int64_t>(neurons.size()) < n;) {
+    int64_t slot = fresh_slot(s);
+    for (; slot < 0 && k < s->n_spare; k++) {
+      const int64_t old = s->spare[k], age = old < 0 ? 0 : time - s->last[old];
+      if (age <= 0 || s->slot_of[old] < 0) continue;
+      if (age < s->window) k = s->n_spare;
+      else s->spare[k] = -1, slot = s->slot_of[old];
+    }
+    if (slot < 0) break;
+    const int64_t neuron = s->early_ids[neurons.size()];
+    neurons.push_back(neuron), slots.push_back(slot);
+    s->last[neuron] = ARRIVING;
+  }
+  int64_t n_reads = 0;
+  s->early_bytes = 0;
+  s->early = read_into_slots(s, s->early, neurons, slots, &s->early_bytes, &n_reads);
+  s->n_early = static_cast<int64_t>(neurons.size());
+}
+
+// What the calling thread does while others sum already: this step's books, the next ones' slots, and reads for the layer
+// behind.
+struct Chores {
   Step *s;
-  std::vector<int64_t> old = {}, neurons = {}, slots = {};  // who may go; what will be read, and where to
-  size_t n_old = 0;  // how many of `old` are taken
-  int64_t n_seen = 0;
+  int64_t n_guessed;
+  double spent = 0;
 
-  int64_t slot() {
-    const int64_t fresh = fresh_slot(s);
-    if (fresh >= 0) return fresh;
-    if (n_old == old.size()) {
-      read();  // they must have their slots before others are looked for
-      old = victims(s, s->state[CLOCK], VICTIMS, true), n_old = 0;  // the other threads are scanning
-    }
-    return n_old < old.size() ? s->slot_of[old[n_old++]] : -1;
-  }
-
-  void read() {
-    int64_t n_reads = 0;
-    s->early = read_into_slots(s, s->early, neurons, slots, &s->early_bytes, &n_reads);
-    neurons.clear(), slots.clear();
-  }
-
-  void found(int64_t n, bool all) {
-    if (n - n_seen < GUESSES && !all) return;  // a call for the reads costs as much as some of them
-    for (int64_t to; n_seen < n && (to = slot()) >= 0; n_seen++) {
-      neurons.push_back(s->early_ids[n_seen]), slots.push_back(to);
-      s->last[s->early_ids[n_seen]] = ARRIVING;
-    }
-    read();
+  void operator()() {
+    const double begun = now();
+    if (n_guessed) read_ahead(s->next, n_guessed);
+    for (int64_t i = 0; i < s->n_wanted; i++) use(s, s->ids[i]);
+    set_aside(s, s->state[CLOCK] + 1);
+    spent = now() - begun;
   }
 };
 
-// Start reading what the layer behind will likely want, while this one waits for what it has found. x [d] is this
-// layer's input: the layer behind norms nearly the same residual stream. A wrong guess costs a read and a slot.
-void look_ahead(Step *s, const float *x, int dtype) {
-  Step *to = s->next;
-  if (to->early) return;  // somebody was stopped in the middle: its own step tidies up
-  const double begun = now();
-  std::vector<float> guess(static_cast<size_t>(s->d));
-  for (size_t j = 0; j < guess.size(); j++) guess[j] = x[j] * s->scale[j] + s->shift[j];
-  const int64_t n_list = nearest(to);
-  for (int64_t k = 0; k < n_list; k++) to->marks[to->list[k]] = 0;
-  Guess meanwhile{to};
-  auto found = [&](int64_t n, int64_t end) { meanwhile.found(n, end == n_list); };
-  const Found call = [](void *arg, int64_t n_found, int64_t end) { (*static_cast<decltype(found) *>(arg))(n_found, end); };
-  to->early_bytes = 0;
-  to->state[CLOCK]++;  // the time of the step to come
-  scan(to, guess.data(), 1, dtype, to->early_ids, to->list, n_list, call, &found);
-  to->state[CLOCK]--;
-  to->n_early = meanwhile.n_seen;
-  s->early_s = now() - begun;
-}
-
 // What is in DRAM is computed on while the rest is read.
-int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, void *y, bool *signalled) {
+int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t n_guessed, const Ahead *ahead,
+                     void *y, bool *signalled) {
   std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
+  Chores chores{s, n_guessed};
+  const First first{[](void *who) { (*static_cast<Chores *>(who))(); }, &chores};
   const double begun = now();
   s->n_fired = 0;
-  if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, out.data());
+  if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, first, out.data());
+  else first();
   const double waiting = now();
-  s->here_s = waiting - begun;
+  s->here_s = waiting - begun - chores.spent;
+  if (ahead && !(has_landed(s, s->early) && has_landed(s, s->batch))) load_meanwhile(s, *ahead);
   const int early = land_early(s, signalled), result = land(s, &s->batch, signalled);
   const double computing = now();
   s->wait_s = computing - waiting;
   if (early || result) return FAILED;
-  if (s->n_here < s->n_wanted) add_ffn(s, x, T, dtype, s->n_here, s->n_wanted, out.data());
+  if (s->n_here < s->n_wanted) add_ffn(s, x, T, dtype, s->n_here, s->n_wanted, First(), out.data());
   for (int64_t t = 0; t < T; t++)
     for (int64_t j = 0; j < s->d_out && s->down_bias; j++) out[static_cast<size_t>(t * s->d_out + j)] += s->down_bias[j];
   from_float(out.data(), T * s->d_out, dtype, y);
@@ -381,8 +412,8 @@ int64_t hf_flash_step_bytes() { return sizeof(Step); }
 // there are slots (ids are there): no time has passed, but some of them may have been read.
 //
 // `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too. `signalled`, or
-// null: is set where a signal came while this waited; its handler has to run.
-int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled) {
+// null: is set where a signal came while this waited; its handler has to run. `ahead`, or null: what is looked at after it.
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead) {
   const double begun = now();
   s->state[CLOCK] += T;
   Meanwhile meanwhile(s);
@@ -398,10 +429,9 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   std::vector<int64_t> &coming = meanwhile.coming;
   coming.insert(coming.end(), meanwhile.missing.begin(), meanwhile.missing.end());
   std::sort(coming.begin(), coming.end());
-  keep_books(s, coming);
-  set_aside(s, s->state[CLOCK] + 1);  // for the next step, while flash is busy
-  if (looks && s->next && T == 1) look_ahead(s, x32.data(), dtype);
-  return compute_and_wait(s, x32, T, dtype, y, signalled);
+  sort_out(s, coming);
+  const int64_t n_guessed = looks && s->next && T == 1 ? guess(s, x32.data(), dtype) : 0;
+  return compute_and_wait(s, x32, T, dtype, n_guessed, ahead, y, signalled);
 }
 
 // Wait for what was read early. Returns as hf_flash_step does.
