@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_flash import attention, attention_step, early, kv, layer_step, lookahead
+from hf_flash import attention, attention_step, early, kv, layer_step, lookahead, native
 from hf_flash.balance import Balance
 from hf_flash.budget import Demand, Layer, Matrix, Plan, make_plan, settle
 from hf_flash.cache import NeuronCache
@@ -38,7 +38,7 @@ from hf_flash.gates.threshold import DEFAULT_SPARSITY, threshold_at
 from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
-from hf_flash.loan import AHEAD_TOKENS, Loan
+from hf_flash.loan import Loan
 from hf_flash.memory import keep_few_kernels, return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
@@ -431,7 +431,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         elif isinstance(module, FlashEmbedding):
             module.connect(reader, *_extent_of(path, runtime), stats)
     engines = [m.engine for m in model.modules() if isinstance(m, FlashFFN)]
-    runtime.balances = _share_slots(engines, _lendable(plan)) if keeps else []
+    runtime.balances = _share_slots(engines, _lendable(plan) + _sparable(plan, engines)) if keeps else []
     for root in (model, model.get_decoder()) if model.config.is_encoder_decoder else (model,):
         begins = next(module for module in root.modules() if isinstance(module, FlashFFN))
         begins.on_pass = [balance.pass_begins for balance in runtime.balances]
@@ -440,7 +440,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         _look_ahead(model, runtime, gates)
     elif overlap:
         early.install(model)
-    _watch_kv(model, runtime, None if config.without else stream)
+    _watch_kv(model, runtime, engines, work, None if config.without else stream)
     attention.install(model)
     attention_step.install(model)
     layer_step.install(model)
@@ -454,17 +454,23 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     )
 
 
-def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime, stream: Stream | None) -> None:
-    """Let KV caches grow in place, and the FFNs have the memory that they and a pass's activations do not fill."""
+def _watch_kv(
+    model: PreTrainedModel, runtime: FlashRuntime, engines: Sequence[Engine | None], work: WorkBuffers,
+    stream: Stream | None,
+) -> None:  # fmt: skip
+    """Let KV caches grow in place, and the FFNs have the memory that they, activations and batches do not fill."""
     plan = runtime.plan
     token_bytes = plan.parts["KV cache"] // plan.max_tokens
     if stream is not None:
         stream.can_borrow(_lendable(plan))
-    loan = Loan(runtime.balances, _lendable(plan), token_bytes, stream)
+    sparable = _sparable(plan, engines)
+    loan = Loan(runtime.balances, _lendable(plan) + sparable, token_bytes, stream)
     activations = _activations(model, runtime.blocks, plan.batch_size)
 
     def tell(filled: int | None, n_tokens: int) -> None:
-        loan.told(None if filled is None else filled + activations(max(n_tokens, AHEAD_TOKENS)))
+        spared = sparable and work.can_spare(n_tokens <= native.MAX_TOKENS)
+        taken = activations(max(n_tokens, native.MAX_TOKENS)) + (0 if spared else sparable)
+        loan.told(None if filled is None else filled + taken)
 
     has_use = runtime.balances or (stream is not None and stream.most_lent)
     lends = has_use and not model.config.is_encoder_decoder
@@ -473,6 +479,12 @@ def _watch_kv(model: PreTrainedModel, runtime: FlashRuntime, stream: Stream | No
 
 def _lendable(plan: Plan) -> int:
     return plan.parts["KV cache"] + plan.parts["activations"]
+
+
+def _sparable(plan: Plan, engines: Sequence[Engine | None]) -> int:
+    """What passes of few tokens leave of the memory for batches: all, where each layer takes native steps."""
+    steps = all(isinstance(engine, SparseEngine) and engine.steps for engine in engines)
+    return plan.parts["batches"] if steps else 0
 
 
 def _share_slots(engines: Sequence[Engine | None], lendable: int) -> list[Balance]:

@@ -235,6 +235,7 @@ def _divide(demand: Demand, memory: int, chunk: int, residents: bool = True) -> 
         "tokenizer": demand.tokenizer_bytes,
         "runtime": RUNTIME_BYTES + memory // PAGE_TABLES,
         "gates": 0,
+        "books": sum(layer.n_neurons * BOOKS_BYTES for layer in sparse),
         "batches": _scratch_bytes(demand, sparse, chunk, memory),
         "down matrix": max((layer.down_bytes for layer in sweeps), default=0),
     }
@@ -315,9 +316,8 @@ def _scratch_bytes(demand: Demand, sparse: Sequence[Layer], chunk: int, memory: 
     if not sparse:
         return unpacked
     batch = _batch_bytes(memory, chunk)
-    books = sum(layer.n_neurons * BOOKS_BYTES for layer in sparse)
     batches = 7 * batch + max(unpacked, 2 * batch if packed else 0)
-    return batches + books + max(layer.gate_scratch_bytes for layer in sparse)
+    return batches + max(layer.gate_scratch_bytes for layer in sparse)
 
 
 def _n_buffers(memory: int, chunk: int) -> int:

@@ -98,6 +98,7 @@ class WorkBuffers:
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self._spared = self._stays = False
         self.lock = threading.RLock()
 
     def get(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -106,6 +107,18 @@ class WorkBuffers:
         if buffer is None or buffer.numel() < n_bytes:
             buffer = self._buffers[name] = aligned_empty(n_bytes)
         return buffer[:n_bytes].view(dtype).view(shape)
+
+    def can_spare(self, few: bool) -> bool:
+        """A pass begins: whether it goes without scratch, as one of few tokens does; then the memory is given back.
+
+        Once such a pass needed some all the same, the memory stays.
+        """
+        with self.lock:
+            self._stays |= self._spared and bool(self._buffers)
+            self._spared = few and not self._stays
+            if self._spared:
+                self.forget()
+            return self._spared
 
     def forget(self) -> None:
         """Take fresh memory from now on; the old lives until whoever still reads into it is done."""

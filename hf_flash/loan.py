@@ -1,10 +1,11 @@
 """Memory that was planned for keys, values and activations to come holds neurons until they do.
 
-A plan reserves the keys and values of every token of the context, and what a pass over all of them computes with. A
-conversation begins with few tokens, a growing cache (kv.py) takes no DRAM for the others, and most passes are of one
-token. What is left is lent and taken back before a pass writes there, so the sum stays what was planned. The stream has
-it first: a chunk that stays is a chunk that no token reads. The rest are slots of the layers with a gate; one that is
-taken back loses its neuron, which costs one read.
+A plan reserves the keys and values of every token of the context, and what a pass over all of them computes with: its
+activations, and batches of neurons on their way, of which a native step of few tokens needs none. A conversation begins
+with few tokens, a growing cache (kv.py) takes no DRAM for the others, and most passes are of one token. What is left is
+lent and taken back before a pass writes there, so the sum stays what was planned. The stream has it first: a chunk that
+stays is a chunk that no token reads. The rest are slots of the layers with a gate; one that is taken back loses its
+neuron, which costs one read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hf_flash.balance import Balance
 from hf_flash.memory import HUGE_BYTES, round_up
 from hf_flash.stream import Stream
 
-AHEAD_TOKENS = 32  # taken back together, so that most passes change nothing
+AHEAD_TOKENS = 16  # taken back together, so that most passes change nothing
 LEAST_BYTES = 4 << 20  # that are worth a change
 
 

@@ -50,6 +50,7 @@ def _part_note(part: str, preview: Preview, plan: Plan) -> str:
         "activations": f"a pass over {plan.max_tokens} tokens",
         "runtime": "threads, allocator, torch's scratch",
         "gates": f"{bits} sketches of {len(sketched)} layers" if sketched else "predictors",
+        "books": "which neurons are in DRAM, and which are wanted",
         "batches": "neurons of a prompt on their way",
         "stream": "read buffers",
         "resident matrices": "attention, embeddings, head" + packed,

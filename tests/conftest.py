@@ -104,6 +104,7 @@ def activations_stay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     """The shipped model's activations are planned larger than its FFNs: with them lent nothing would be read again."""
     if request.node.get_closest_marker("lends") is None:
         monkeypatch.setattr(attach, "_lendable", lambda plan: plan.parts["KV cache"])
+        monkeypatch.setattr(attach, "_sparable", lambda *of: 0)
 
 
 @pytest.fixture

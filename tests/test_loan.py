@@ -19,8 +19,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import hf_flash
 from hf_flash import attach, kv, loan
+from hf_flash.engine import WorkBuffers
+from hf_flash.ffn import FlashFFN
 from hf_flash.loan import Loan
 from hf_flash.memory import HUGE_BYTES, round_up
+from hf_flash.sparse import SparseEngine
 
 ROW = 6144
 
@@ -120,6 +123,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def kv_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped model's activations are larger than what its layers do not have."""
     monkeypatch.setattr(attach, "_activations", lambda *of: lambda n_tokens: 0)
+    monkeypatch.setattr(attach, "_sparable", lambda *of: 0)
 
 
 def opened(flash_folder: Path, cap: int, **options: Any) -> Any:
@@ -311,3 +315,58 @@ def test_a_copied_cache_has_its_tokens_and_no_room() -> None:
     assert twin.keys.untyped_storage().nbytes() == twin.keys.nbytes and torch.equal(twin.keys, layer.keys)
     twin.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))
     assert layer.keys.shape[2] == 3 and layer.keys.all() and twin.keys.shape[2] == 4
+
+
+def test_scratch_is_spared_until_a_pass_of_few_tokens_needs_it() -> None:
+    """It is given back before such a pass, and lent; one that needed it all the same would exceed the cap again."""
+    work = WorkBuffers()
+    assert not work.can_spare(few=False)
+    before = work.get("sweep0", (3, 8192), torch.uint8)
+    assert work.can_spare(few=True) and work.can_spare(few=True)
+    assert work.get("sweep0", (3, 8192), torch.uint8).data_ptr() != before.data_ptr(), "what was there is gone"
+    assert not work.can_spare(few=False), "a prompt has its own"
+    work.get("sweep0", (3, 8192), torch.uint8)
+    assert not work.can_spare(few=True), "a pass of few tokens needed some"
+    assert not work.can_spare(few=False) and not work.can_spare(few=True)
+
+
+def test_scratch_that_only_prompts_used_is_spared_again() -> None:
+    work = WorkBuffers()
+    for _ in range(3):
+        assert not work.can_spare(few=False)
+        work.get("up", (5, 4096), torch.uint8)
+        assert work.can_spare(few=True) and work.can_spare(few=True)
+
+
+@pytest.mark.lends
+def test_what_prompts_have_for_batches_holds_neurons_between_them(
+    flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Taken back before a prompt computes, lent again before its second token; what is lent was never touched then."""
+    monkeypatch.setattr(attach, "_lendable", lambda plan: plan.parts["KV cache"])
+    monkeypatch.setattr(attach, "_activations", lambda *of: lambda n_tokens: 0)
+    model = opened(flash_folder, cap_for("certified", "half"))
+    engines = [module.engine for module in model.modules() if isinstance(module, FlashFFN)]
+    if not all(isinstance(engine, SparseEngine) and engine.steps for engine in engines):
+        pytest.skip("io_uring cannot be had here")
+    plan, work, seen = model._hf_flash.plan, engines[0]._work, []
+    true = Loan.told
+
+    def told(self: Loan, filled: int | None) -> None:
+        true(self, filled)
+        assert filled is not None
+        spared = plan.parts["KV cache"] + plan.parts["batches"] - filled
+        assert lent(model) <= max(0, spared)
+        seen.append((filled, sum(buffer.nbytes for buffer in work._buffers.values()), work._spared))
+
+    monkeypatch.setattr(Loan, "told", told)
+    ids = torch.arange(5, 65)[None]
+    for _ in range(2):
+        seen.clear()
+        got = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert torch.equal(got, dense.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+        (first, _, spares), *others = seen
+        assert not spares and first >= plan.parts["batches"]
+        for filled, held, spares in others:
+            assert held == 0 if spares else filled >= plan.parts["batches"], "what is lent is not held"
