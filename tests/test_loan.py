@@ -343,7 +343,7 @@ def test_what_prompts_have_for_batches_holds_neurons_between_them(
     flash_folder: Path, dense: PreTrainedModel, cap_for: Callable[[str, str], int], small_steps: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Taken back before a prompt computes, lent again before its second token; what is lent was never touched then."""
+    """Taken back before a prompt computes, lent again before its second token, and nothing holds what is lent."""
     monkeypatch.setattr(attach, "_lendable", lambda plan: plan.parts["KV cache"])
     monkeypatch.setattr(attach, "_activations", lambda *of: lambda n_tokens: 0)
     model = opened(flash_folder, cap_for("certified", "half"))

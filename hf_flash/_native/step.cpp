@@ -124,13 +124,13 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
 }
 
 // The n neurons (fewer if there are no more) whose slots are worth least at a time, these first, of those not used at
-// that time; the window's only after all others, or not at all.
-std::vector<int64_t> victims(const Step *s, int64_t time, int64_t n, bool spare_window) {
+// that time; the window's only after all others.
+std::vector<int64_t> victims(const Step *s, int64_t time, int64_t n) {
   static thread_local std::vector<std::pair<double, int64_t>> free;  // what is looked for in every layer is not made anew
   free.clear();
   for (int64_t neuron = 0; neuron < s->n; neuron++) {  // in the order in which their accounts lie
     const int64_t age = time - s->last[neuron];
-    if (s->slot_of[neuron] < 0 || age <= 0 || (age < s->window && spare_window)) continue;
+    if (s->slot_of[neuron] < 0 || age <= 0) continue;
     const double worth = s->key[neuron] + s->lately[std::min(age, s->n_lately - 1)];
     free.emplace_back(worth + (age < s->window ? 1e12 : 0.0), neuron);
   }
@@ -178,7 +178,7 @@ std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t>
 // from.
 void set_aside(Step *s, int64_t time) {
   const int64_t taken = s->n_read + s->n_early, n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
-  const std::vector<int64_t> found = n > 0 ? victims(s, time, n, false) : std::vector<int64_t>();
+  const std::vector<int64_t> found = n > 0 ? victims(s, time, n) : std::vector<int64_t>();
   std::copy(found.begin(), found.end(), s->spare);
   s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
 }
@@ -230,11 +230,11 @@ int fetch(Step *s, const std::vector<int64_t> &missing) {
   const int64_t n = static_cast<int64_t>(missing.size()), now = s->state[CLOCK];
   s->n_read += n;
   const int64_t n_old = std::max<int64_t>(0, n - (s->state[N_SLOTS] - s->state[N_USED]));
-  std::vector<int64_t> old = n_old ? victims(s, now, n_old, false) : std::vector<int64_t>();
+  std::vector<int64_t> old = n_old ? victims(s, now, n_old) : std::vector<int64_t>();
   if (static_cast<int64_t>(old.size()) < n_old) {  // wrong guesses are in the way: wait for them, then they can go
     const int result = land_early(s);
     if (result) return result;
-    old = victims(s, now, n_old, false);
+    old = victims(s, now, n_old);
     if (static_cast<int64_t>(old.size()) < n_old) return NO_ROOM;
   }
   s->batch = read_into_slots(s, s->batch, missing, fresh_and_old(s, missing.size(), old), &s->n_bytes, &s->n_reads);
