@@ -196,11 +196,23 @@ def demand_of(
     context = config.context or min(DEFAULT_CONTEXT, limit if limit > 0 else DEFAULT_CONTEXT)  # XLNet: -1
     tokens = context * config.batch_size
     layers = [_layer(model, block, geometry[block.path], config, size) for block in blocks]
+    if config.gate == "auto":
+        _say_what_lacks_sketches(model, [block for block in blocks if not geometry[block.path].sketch_bits])
     return Demand(
         fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
         activation_bytes=_activations(model, blocks, config.batch_size)(tokens), tokenizer_bytes=vocab * 300,
         max_tokens=tokens, context=context, batch_size=config.batch_size,
     )  # fmt: skip
+
+
+def _say_what_lacks_sketches(model: nn.Module, without: list[FFNBlock]) -> None:
+    able = [block.path for block in without if zero_below(get_activation(model, block)) is not None]
+    if able:
+        others = f" and {len(able) - 1} more" if len(able) > 1 else ""
+        logger.warning_once(
+            f"The checkpoint has no sketch for {able[0]}{others}, though the activation allows the certified gate: "
+            "every neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
+        )
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
@@ -237,11 +249,6 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
         )
     thresholded = config.gate == "threshold"
     certified = can and geometry.sketch_bits > 0 and config.gate in ("auto", "certified")
-    if can and config.gate == "auto" and not certified:
-        logger.warning_once(
-            f"The checkpoint has no sketch for {block.path}, though its activation allows the certified gate: every "
-            "neuron will be read. The answers are the same; fetch gates.safetensors, or repack, to read less."
-        )
     predicted = config.gate == "predicted"
     stored = range(4, geometry.sketch_bits + 1) if certified or thresholded else ()
     scratch = {

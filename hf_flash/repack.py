@@ -92,15 +92,19 @@ class Source:
 
         Raises:
             UnknownArchitectureError, BlockMismatchError: the model cannot be repacked, and why.
-            CheckpointError: a tensor is missing or stored in a way that cannot be bundled.
+            CheckpointError: a tensor is missing, of another shape or stored in a way that cannot be bundled.
         """
         blocks = find_blocks(model)
         check_blocks(model, blocks)
         pack = native.available() if pack is None else pack
         source = cls(model, blocks, locate(model, files), list(files), pack)
-        for block in blocks:
-            for part in parts_of(block):
-                source.entry(part)
+        for part in (part for block in blocks for part in parts_of(block)):
+            stored, wanted = source.entry(part), tuple(model.get_parameter(part.key).shape)
+            if stored.shape != wanted:
+                raise CheckpointError(
+                    f"{part.key} is {list(stored.shape)} in {stored.path} and {list(wanted)} by config.json: the two "
+                    "do not belong together. Fetch the checkpoint again."
+                )
         return source
 
     def entry(self, part: Part) -> TensorEntry:

@@ -126,7 +126,8 @@ def test_missing_sketches_are_reported_not_passed_over(
     (flash / "gates.safetensors").unlink()
     with caplog.at_level(logging.WARNING):
         model = load(flash)
-    assert "no sketch" in caplog.text
+    (said,) = (record.getMessage() for record in caplog.records if "no sketch" in record.getMessage())
+    assert "no sketch for model.layers.0.mlp and 2 more" in said
     assert tokens_of(model) == dense_tokens(stock)
 
 
@@ -579,6 +580,17 @@ def test_source_is_truncated(stock: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model.safetensors is truncated"):
         hf_flash.repack(source, tmp_path / "out", progress=False)
     with pytest.raises(CheckpointError, match=r"model.safetensors is truncated"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=FLASH)
+
+
+def test_source_with_the_config_of_another_model(stock: Path, tmp_path: Path) -> None:
+    """Bug: bundles were written until a count did not come out; a plain AssertionError, and half a checkpoint."""
+    source = Path(shutil.copytree(stock, tmp_path / "stock"))
+    edit_config(source, intermediate_size=128)
+    with pytest.raises(CheckpointError, match=r"is \[\d+, \d+\] in .*model.safetensors and .* by config.json"):
+        hf_flash.repack(source, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"do not belong together"):
         AutoModelForCausalLM.from_pretrained(source, quantization_config=FLASH)
 
 

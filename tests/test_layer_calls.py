@@ -126,8 +126,10 @@ def test_one_call_takes_a_token_through_all_layers(models: Models, n_calls: list
     # A prompt is none for it, and each layer's first token goes both ways, by itself.
     assert n_calls == [native.DONE] * (N_LAYERS + N - 2)
     found, want = (hf_flash.stats(one).counters() for one in (model, other))
-    for name in ("n_tokens", "n_forwards", "neurons_wanted", "neurons_fired", "bytes_read"):
+    for name in ("n_tokens", "n_forwards", "neurons_wanted", "neurons_fired"):
         assert found[name] == want[name] > 0 or (name == "neurons_fired" and want[name] == 0), name
+    ahead = model._hf_flash.plan.parts.get("stream", 0)  # how much is read ahead depends on when reads land
+    assert abs(found["bytes_read"] - want["bytes_read"]) <= ahead < want["bytes_read"]
     assert found["neurons_hit"] + found["neurons_read"] == found["neurons_wanted"]
 
 
@@ -253,8 +255,8 @@ def test_ctrl_c_at_any_time_loses_nothing(models: Models) -> None:
     want, n_stopped = greedy(model, IDS, N), 0
     for i in range(40):
         timer = threading.Timer(0.0005 * (1 + i), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()  # it may fire before this returns
             for _ in range(100):
                 greedy(model, IDS, N)
         except KeyboardInterrupt:
