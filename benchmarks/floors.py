@@ -3,7 +3,8 @@
 - Gate `all`, and every lossless program on these weights: a token needs every weight once, save the input embedding of
   an untied model (one row). At best all of `memory` holds weights; the rest is read for every token.
 - Our own run: what it truly read per token, and what it truly had to touch: the resident matrices in the bits that it
-  keeps them in, the sketches, and the rows of the neurons that it wanted.
+  keeps them in, the upper four bits of the sketches, their other bits where a neuron was wanted (they decide for some
+  that were not, too, which nobody counts), and the rows of the neurons that it wanted.
 
 Reading and computing can overlap, so a floor is the larger of the two terms.
 """
@@ -60,8 +61,9 @@ def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) ->
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`
         return floor(row["read_bytes_per_token"], resident + flash, speeds)
-    per_neuron = flash / spec["n_neurons"]
-    return floor(row["read_bytes_per_token"], resident + sketches + per_neuron * wanted / stats["n_tokens"], speeds)
+    share, bits, of_steps = wanted / stats["n_tokens"] / spec["n_neurons"], stats["gate_bits"], 16 / 64
+    looked_at = sketches * (4 + of_steps + (bits - 4) * share) / (bits + of_steps)
+    return floor(row["read_bytes_per_token"], resident + looked_at + flash * share, speeds)
 
 
 def n_neurons(model_dir: str | Path) -> int:

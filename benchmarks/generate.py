@@ -58,8 +58,9 @@ def measure(run: cgroup.Run, dense: dict[str, Any], whose: str = "") -> dict[str
     row.update({key: result[key] for key in (*keys, "token_s")}, anon_bytes=run.anon_bytes)
     if "stats" in result:
         row["stats"] = {k: v for k, v in result["stats"].items() if isinstance(v, (int, float))}
-        parts = result["stats"]["plan"]["parts"]
-        row["stats"] |= {"sketch_bytes": parts.get("gates", 0), "resident_bytes": parts["resident matrices"]}
+        plan = result["stats"]["plan"]
+        of_plan = {"sketch_bytes": plan["parts"].get("gates", 0), "resident_bytes": plan["parts"]["resident matrices"]}
+        row["stats"] |= of_plan | {"gate_bits": plan["gate_bits"]}
     n = len(result["tokens"])
     equal = common.compare_tokens(result["tokens"], dense["tokens"][:n], dense["margins"])
     return {**row, "right": equal["right"], "words": equal["words"] + whose}

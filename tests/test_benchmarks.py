@@ -155,9 +155,10 @@ def test_floors_count_what_a_token_needs(helpers: tuple[ModuleType, ModuleType],
     (tmp_path / "flash").mkdir()
     (tmp_path / "flash" / "flash-00001-of-00001.safetensors").write_bytes(bytes(1024 * 256))
     spec = {"model_dir": opt, "converted_dir": tmp_path / "flash", "n_neurons": 1024}
-    stats = {"sketch_bytes": 1000, "resident_bytes": 5000, "neurons_wanted": 30, "n_tokens": 3}
+    stats = {"sketch_bytes": 625, "gate_bits": 6, "resident_bytes": 5000, "neurons_wanted": 30, "n_tokens": 3}
     row = {"read_bytes_per_token": 5e5, "stats": stats}
-    assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1000 + 10 * 256
+    # Of 6 1/4 bits a weight all are looked at for their upper 4 1/4, wanted neurons for the other 2.
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == pytest.approx(5000 + 425 + 200 * 10 / 1024 + 10 * 256)
     stats["sketch_bytes"] = 0
     assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1024 * 256
 

@@ -29,7 +29,8 @@ namespace {
 
 constexpr int64_t CHAIN = 512;  // inputs of a chain
 constexpr int ROWS = 16;        // outputs in a register
-constexpr int GROUPS = 2;       // registers summed side by side: a chain waits for itself
+constexpr int GROUPS = 4;       // registers summed side by side: a chain waits for itself
+constexpr int64_t SOON = 256;   // weights of a row that are fetched before they are decoded
 constexpr int NEURONS = 8;      // down rows taken together
 
 // Puts the escapes of a row that lie below `end` in their places of `values` (laned), which begin at weight `from`.
@@ -86,11 +87,14 @@ struct PackedRows {
   __attribute__((always_inline)) Row row(int64_t i) const {
     return {rows + i * stride, escape_from(p, i, first), p.start[i + 1]};
   }
-  __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
+  __attribute__((always_inline)) void fetch_soon(int64_t i, int64_t j) const {
+    const int64_t w = first + j;
+    fetch(rows + i * stride + w);
+    if (w % 128 == 0) fetch(rows + i * stride + p.E + w / 2);
+  }
+  __attribute__((always_inline)) void decode(Row *r, int64_t j, uint16_t *values) const {
     const int64_t w = first + j;
     const uint8_t *low = r->row + w, *code = r->row + p.E + w / 2;
-    fetch(low + ahead);
-    if (w % 128 == 0) fetch(code + ahead);
     __m512i a, b;
     decode_lanes(low, code, p.tables, &a, &b);
     _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
@@ -100,68 +104,85 @@ struct PackedRows {
 
 struct TightRows {
   const Tight &m;
-  int64_t stride;
   typedef TightRow Row;
 
   __attribute__((always_inline)) Row row(int64_t i) const { return tight_row(m, i); }
-  __attribute__((always_inline)) void decode(Row *r, int64_t j, int64_t ahead, uint16_t *values) const {
+  __attribute__((always_inline)) void fetch_soon(int64_t i, int64_t j) const {
+    fetch(m.rows + i * m.stride + j);
+    if (j % 128 == 0) fetch(m.rows + i * m.stride + m.E + j / BLOCK * CODE_BYTES);
+  }
+  __attribute__((always_inline)) void decode(Row *r, int64_t j, uint16_t *values) const {
     const int64_t code = m.E + j / BLOCK * CODE_BYTES;
-    fetch(r->row + j + ahead);
-    if (j % 128 == 0) fetch(r->row + code + ahead);
     __m512i a, b;
     decode_lanes(r, j, code, &a, &b);
     _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
   }
 };
 
-// out[i] = K weights of row i, times x, and the bias, for rows begin .. end.
+// The next 64 weights of 16 rows: out[pair_at(k)] has pair k of each. `next`, `then`: the row and weight to fetch.
 template <class Rows>
-void products(const Rows &rows, int64_t begin, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+INLINE void pairs_of(const Rows &rows, typename Rows::Row *row, int64_t j, int64_t next, int64_t then, __m512i *out) {
   alignas(64) uint16_t some[ROWS * BLOCK];
-  __m512i columns[2 * ROWS];
-  for (int64_t i = begin; i < end; i += ROWS * GROUPS) {
-    typename Rows::Row row[ROWS * GROUPS];
-    for (int r = 0; r < ROWS * GROUPS; r++) row[r] = rows.row(i + r < end ? i + r : end - 1);
-    const int64_t ahead = i + ROWS * GROUPS < end ? ROWS * GROUPS * rows.stride : 0;
-    __m512 total[GROUPS], chain[GROUPS];
-    for (int g = 0; g < GROUPS; g++) total[g] = chain[g] = _mm512_setzero_ps();
-    for (int64_t j = 0; j < K; j += BLOCK) {
-      if (j && j % CHAIN == 0)
-        for (int g = 0; g < GROUPS; g++) total[g] = _mm512_add_ps(total[g], chain[g]), chain[g] = _mm512_setzero_ps();
-      for (int g = 0; g < GROUPS; g++) {
-        for (int r = 0; r < ROWS; r++) rows.decode(row + g * ROWS + r, j, ahead, some + r * BLOCK);
-        transpose(some, columns), transpose(some + 32, columns + ROWS);
-        __m512 sum = chain[g];
-        for (int lane = 0; lane < 4; lane++)  // weights 16 lane .. 16 lane + 15, in order
-          for (int half = 0; half < 2; half++)
-            for (int k = 0; k < 4; k++)
-              sum = _mm512_dpbf16_ps(sum, (__m512bh)columns[half * ROWS + lane * 4 + k],
-                                     pair_of(x + j + 16 * lane + 8 * half + 2 * k));
-        chain[g] = sum;
-      }
-    }
-    for (int g = 0; g < GROUPS; g++) {
-      const int64_t from = i + g * ROWS;
-      if (from >= end) break;
-      const __mmask16 mine = static_cast<__mmask16>(end - from >= ROWS ? 0xffff : (1 << (end - from)) - 1);
-      __m512 sum = _mm512_add_ps(total[g], chain[g]);
-      if (bias) {
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + from));
-        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
-      }
-      _mm256_mask_storeu_epi16(out + from, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+  for (int r = 0; r < ROWS; r++) {
+    rows.fetch_soon(next + r, then);
+    rows.decode(row + r, j, some + r * BLOCK);
+  }
+  transpose(some, out), transpose(some + BLOCK / 2, out + ROWS);
+}
+
+INLINE int pair_at(int k) { return k / 4 % 2 * ROWS + k / 8 * 4 + k % 4; }
+
+// out[i] = K weights of row i, times x, and the bias, for N registers of rows from i on, as far as there are rows.
+template <int N, class Rows>
+void some_products(const Rows &rows, int64_t i, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  __m512i pairs[N][BLOCK / 2];
+  typename Rows::Row row[ROWS * N];
+  __m512 total[N], chain[N];
+  for (int r = 0; r < ROWS * N; r++) row[r] = rows.row(i + r < end ? i + r : end - 1);
+  for (int g = 0; g < N; g++) total[g] = chain[g] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < K; j += BLOCK) {
+    if (j && j % CHAIN == 0)
+      for (int g = 0; g < N; g++) total[g] = _mm512_add_ps(total[g], chain[g]), chain[g] = _mm512_setzero_ps();
+    const bool same = j + SOON < K;
+    const int64_t next = same || i + ROWS * N >= end ? i : i + ROWS * N, then = same ? j + SOON : (j + SOON) % K;
+    for (int g = 0; g < N; g++) pairs_of(rows, row + g * ROWS, j, next + g * ROWS, then, pairs[g]);
+    for (int k = 0; k < BLOCK / 2; k++) {
+      const __m512bh both = pair_of(x + j + 2 * k);
+      for (int g = 0; g < N; g++) chain[g] = _mm512_dpbf16_ps(chain[g], (__m512bh)pairs[g][pair_at(k)], both);
     }
   }
+  for (int g = 0; g < N; g++) {
+    const int64_t from = i + g * ROWS;
+    if (from >= end) break;
+    const __mmask16 mine = static_cast<__mmask16>(end - from >= ROWS ? 0xffff : (1 << (end - from)) - 1);
+    __m512 sum = _mm512_add_ps(total[g], chain[g]);
+    if (bias) {
+      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + from));
+      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+    }
+    _mm256_mask_storeu_epi16(out + from, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+  }
+}
+
+// The same for rows begin .. end.
+template <class Rows>
+void products(const Rows &rows, int64_t begin, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  for (int64_t j = 0; j < SOON && j < K; j += BLOCK)
+    for (int64_t i = begin; i < end && i < begin + ROWS * GROUPS; i++) rows.fetch_soon(i, j);
+  int64_t i = begin;
+  for (; i + ROWS * (GROUPS - 1) < end; i += ROWS * GROUPS) some_products<GROUPS>(rows, i, end, K, x, bias, out);
+  for (; i + ROWS < end; i += ROWS * 2) some_products<2>(rows, i, end, K, x, bias, out);
+  if (i < end) some_products<1>(rows, i, end, K, x, bias, out);
 }
 
 // All n rows of a matrix, K weights each.
 template <class Rows>
 void whole_products(const Rows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   const int threads = n * K < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS);
+  const int64_t groups = (n + ROWS - 1) / ROWS;
   in_parallel(threads, [&](int me) {
-    const int64_t end = groups * (me + 1) / threads * ROWS * GROUPS;
-    products(rows, groups * me / threads * ROWS * GROUPS, end < n ? end : n, K, x, bias, out);
+    const int64_t end = groups * (me + 1) / threads * ROWS;
+    products(rows, groups * me / threads * ROWS, end < n ? end : n, K, x, bias, out);
   });
 }
 
@@ -245,7 +266,7 @@ void hf_flash_ordered_tight(const uint8_t *rows, int64_t stride, int64_t n, int6
                             uint16_t *out) {
 #ifdef ORDERED
   const Tight m{rows, stride, E, base, start, escapes};
-  whole_products(TightRows{m, stride}, n, E, x, bias, out);
+  whole_products(TightRows{m}, n, E, x, bias, out);
 #endif
 }
 
@@ -260,10 +281,10 @@ void hf_flash_ordered_ffn(const uint8_t *rows, int64_t stride, int64_t number, i
   const int64_t down = d * (gated ? 2 : 1);
   const Packed p(down + d_out, base, start, escapes);
   const int threads = n * p.E < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t groups = (n + ROWS * GROUPS - 1) / (ROWS * GROUPS), blocks = d_out / BLOCK;
+  const int64_t groups = (n + ROWS - 1) / ROWS, blocks = d_out / BLOCK;
   std::vector<uint16_t> up(static_cast<size_t>(gated ? n : 0));
   in_parallel(threads, [&](int me) {
-    const int64_t begin = groups * me / threads * ROWS * GROUPS, most = groups * (me + 1) / threads * ROWS * GROUPS;
+    const int64_t begin = groups * me / threads * ROWS, most = groups * (me + 1) / threads * ROWS;
     const int64_t end = most < n ? most : n;
     products(PackedRows{p, rows, stride, 0}, begin, end, d, x, gated ? gate_bias : up_bias, h);
     if (gated) products(PackedRows{p, rows, stride, d}, begin, end, d, x, up_bias, up.data());
