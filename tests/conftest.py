@@ -5,6 +5,7 @@ import importlib
 import os
 import platform
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ SHIPPED = Path(hf_flash.__file__).parent / "models" / "relu-books-5m"
 
 # The models are so small that a second thread only waits, and for seconds where other jobs share the cores.
 torch.set_num_threads(1)
+# A shell has its background jobs ignore Ctrl-C, and tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OPENINGS = [  # 20 prompts; the tests crop all to the tokens of the shortest
     "It was a dark night and the wind had risen",
