@@ -61,7 +61,8 @@ def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) ->
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`
         return floor(row["read_bytes_per_token"], resident + flash, speeds)
-    share, bits, of_steps = wanted / stats["n_tokens"] / spec["n_neurons"], stats["gate_bits"], 16 / 64
+    share, bits = wanted / stats["n_tokens"] / spec["n_neurons"], stats["gate_bits"]
+    of_steps = 16 / 64  # bits a weight: a bfloat16 step for each group of 64 (docs/format.md)
     looked_at = sketches * (4 + of_steps + (bits - 4) * share) / (bits + of_steps)
     return floor(row["read_bytes_per_token"], resident + looked_at + flash * share, speeds)
 

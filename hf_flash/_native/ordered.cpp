@@ -175,14 +175,23 @@ void products(const Rows &rows, int64_t begin, int64_t end, int64_t K, const uin
   if (i < end) some_products<1>(rows, i, end, K, x, bias, out);
 }
 
+// What thread `me` takes of n rows: whole registers of them.
+struct Share {
+  int64_t begin, end;
+};
+
+Share share_of(int64_t n, int me, int threads) {
+  const int64_t registers = (n + ROWS - 1) / ROWS, end = registers * (me + 1) / threads * ROWS;
+  return {registers * me / threads * ROWS, end < n ? end : n};
+}
+
 // All n rows of a matrix, K weights each.
 template <class Rows>
 void whole_products(const Rows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   const int threads = n * K < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t groups = (n + ROWS - 1) / ROWS;
   in_parallel(threads, [&](int me) {
-    const int64_t end = groups * (me + 1) / threads * ROWS;
-    products(rows, groups * me / threads * ROWS, end < n ? end : n, K, x, bias, out);
+    const Share mine = share_of(n, me, threads);
+    products(rows, mine.begin, mine.end, K, x, bias, out);
   });
 }
 
@@ -281,11 +290,10 @@ void hf_flash_ordered_ffn(const uint8_t *rows, int64_t stride, int64_t number, i
   const int64_t down = d * (gated ? 2 : 1);
   const Packed p(down + d_out, base, start, escapes);
   const int threads = n * p.E < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t groups = (n + ROWS - 1) / ROWS, blocks = d_out / BLOCK;
+  const int64_t blocks = d_out / BLOCK;
   std::vector<uint16_t> up(static_cast<size_t>(gated ? n : 0));
   in_parallel(threads, [&](int me) {
-    const int64_t begin = groups * me / threads * ROWS, most = groups * (me + 1) / threads * ROWS;
-    const int64_t end = most < n ? most : n;
+    const auto [begin, end] = share_of(n, me, threads);
     products(PackedRows{p, rows, stride, 0}, begin, end, d, x, gated ? gate_bias : up_bias, h);
     if (gated) products(PackedRows{p, rows, stride, d}, begin, end, d, x, up_bias, up.data());
     for (int64_t i = begin; i < end; i++) {
