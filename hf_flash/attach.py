@@ -39,9 +39,10 @@ from hf_flash.gates.threshold import scratch_bytes as threshold_scratch_bytes
 from hf_flash.layout import BundleLayout, format_size
 from hf_flash.linear import FlashEmbedding, FlashLinear, PackedEmbedding, PackedLinear
 from hf_flash.loan import Loan
-from hf_flash.memory import keep_few_kernels, return_large_blocks, trim_malloc
+from hf_flash.memory import Pool, keep_few_kernels, return_large_blocks, trim_malloc
 from hf_flash.packing import can_pack, packed_bytes
 from hf_flash.readers import UnbundledReader, open_reader
+from hf_flash.resident import most_bytes
 from hf_flash.sparse import SparseEngine
 from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
@@ -414,6 +415,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     one_call = overlap and keeps
     work = WorkBuffers()
     gates = GateFile(runtime.gates_file) if runtime.gates_file else None
+    sketches = Pool(plan.parts["gates"])
     first = next(module for module in model.modules() if isinstance(module, FlashFFN))
     for path, module in model.named_modules():
         if isinstance(module, FlashFFN):
@@ -427,7 +429,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
                 )
             else:
                 assert gates is not None
-                gate = _gate(plan.gates[name], gates, module, layer, runtime)
+                gate = _gate(plan.gates[name], gates, module, layer, runtime, sketches)
                 cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps)
                 batch = max(1, plan.batch_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
@@ -510,12 +512,12 @@ def _share_slots(engines: Sequence[Engine | None], lendable: int) -> list[Balanc
 def _pack_residents(model: PreTrainedModel, runtime: FlashRuntime) -> Plan:
     """Read the matrices that stay in DRAM in fewer bits; what they do not take of their part goes to the FFNs."""
     exact = runtime.config.exact and "all" in runtime.plan.gates.values()
-    taken = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            assert runtime.store is not None
-            module.connect(runtime.store.reader, _extent_of(path, runtime)[0], exact)
-            taken[path] = module.matrix.n_bytes
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    pool, taken = Pool(sum(most_bytes(m.out_features, m.in_features) for m in modules.values())), {}
+    for path, module in modules.items():
+        assert runtime.store is not None
+        module.connect(runtime.store.reader, _extent_of(path, runtime)[0], exact, pool)
+        taken[path] = module.matrix.n_bytes
     if taken:
         runtime.plan = settle(runtime.plan, runtime.demand, taken)
         runtime.stats.plan = runtime.plan.to_dict()
@@ -531,11 +533,11 @@ def _extent_of(path: str, runtime: FlashRuntime) -> tuple[Extent2D, torch.dtype]
     return rows, DTYPES[entry.dtype]
 
 
-def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime: FlashRuntime) -> Gate:
-    """The gate of one layer, with what it knows read into DRAM."""
+def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime: FlashRuntime, pool: Pool) -> Gate:
+    """The gate of one layer, with what it knows read into DRAM: its sketch into the pool."""
     if kind == "predicted":
         return PredictedGate(gates.predictor(layer.path))
-    sketch = gates.sketch(layer.path, runtime.plan.gate_bits)
+    sketch = gates.sketch(layer.path, runtime.plan.gate_bits, pool.take)
     if kind == "threshold":
         threshold = threshold_at(gates.levels(layer.path), runtime.config.sparsity or DEFAULT_SPARSITY)
         return ThresholdGate(sketch, threshold, ffn.own_activation)

@@ -146,14 +146,14 @@ class _Projection(ctypes.Structure):
     """The fields of _native/attention_step.cpp, in its order."""
 
     _fields_ = [
-        ("rows", _P), ("stride", _I), ("n", _I), ("E", _I), ("base", _P), ("start", _P), ("escapes", _P),
+        ("tiles", _P), ("n", _I), ("E", _I), ("base", _P), ("start", _P), ("escapes", _P),
     ]  # fmt: skip
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, _Projection) for name in "qkvo"],
-        *[(name, _I) for name in ("n_heads", "n_shared", "head_dim", "exact")],
+        *[(name, _I) for name in ("n_heads", "n_shared", "head_dim")],
         ("q_scale", _F), ("scale", _F),
     ]  # fmt: skip
 
@@ -276,7 +276,7 @@ class AttentionStep:
         s = self._s
         assert s is not None
         can = attention.agrees(s.n_heads, s.n_shared, s.head_dim)
-        if s.exact:
+        if self._exact:
             can = can and all(ordered.agrees(part.out_features, part.in_features) for part in self._parts.known)
         self.is_proven, self._can = False, can
 
@@ -299,10 +299,10 @@ class AttentionStep:
         assert lib.hf_flash_attention_step_bytes() == ctypes.sizeof(_Step)
         scales = (1.0, module.scaling) if self._kind.rotary else (module.scaling, 1.0)
         matrices = [_Projection(*part.matrix.matrix.arguments) for part in parts]
-        s = _Step(*matrices, n_heads, n_shared, size, q.exact, *scales)
+        s = _Step(*matrices, n_heads, n_shared, size, *scales)
         self.address, self._run = ctypes.addressof(s), lib.hf_flash_attention_step
         self._parts, self._parameters = Parts(module, self._kind.projections), [part._parameters for part in parts]
-        self.index, self.d_model = module.layer_idx, q.in_features
+        self.index, self.d_model, self._exact = module.layer_idx, q.in_features, q.exact
         self._x_shape, self._shape, self._turn_shape = (1, 1, q.in_features), (1, n_shared, 1, size), (1, 1, size)
         self._s = s  # last: Ctrl-C may come before, and another thread may ask
         return True

@@ -20,6 +20,7 @@ from hf_flash.format import ORDER_KEY, SOURCE_KEY, VERSION_KEY, TensorFile, Tens
 from hf_flash.gates import Predictor, Sketch
 from hf_flash.gates.certified import SKETCH_KIND, sketch_tensors
 from hf_flash.gates.predicted import TENSORS
+from hf_flash.memory import Take, aligned_empty
 from hf_flash.store import DTYPE_NAMES, read_checked
 
 GATES_KEY = "hf_flash.gates"  # header metadata: module path -> its sketch
@@ -51,9 +52,9 @@ class GateFile:
         self.thresholds = _json(self._file, THRESHOLDS_KEY)
         self.calibration = _json(self._file, CALIBRATION_KEY)
 
-    def sketch(self, path: str, bits: int) -> Sketch:
-        """The first `bits` bits of a module's sketch, in anonymous memory."""
-        get = lambda name: self._tensor(f"{path}.sketch.{name}")  # noqa: E731
+    def sketch(self, path: str, bits: int, take: Take = aligned_empty) -> Sketch:
+        """The first `bits` bits of a module's sketch, in memory that `take` gives."""
+        get = lambda name: self._tensor(f"{path}.sketch.{name}", take)  # noqa: E731
         planes = [get(f"plane{i}") for i in range(5, bits + 1)]
         d_model = self.sketches[path]["d_model"]
         return Sketch(get("nibbles"), planes, get("step"), get("norm"), get("dither"), d_model)
@@ -68,9 +69,9 @@ class GateFile:
         """A module's thresholds for 1 %, 2 %, ... 99 % sparsity: [99] float32."""
         return self._tensor(f"{path}.thresholds")
 
-    def _tensor(self, name: str) -> torch.Tensor:
+    def _tensor(self, name: str, take: Take = aligned_empty) -> torch.Tensor:
         entry = self._file.entries[name]
-        return read_checked(self._file, entry).view(_DTYPES[entry.dtype]).view(entry.shape)
+        return read_checked(self._file, entry, take).view(_DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _json(file: TensorFile, key: str) -> dict[str, Any]:

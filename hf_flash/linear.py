@@ -17,7 +17,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from hf_flash import native, ordered
-from hf_flash.memory import view_bytes
+from hf_flash.memory import Pool, view_bytes
 from hf_flash.ops import autocast_input
 from hf_flash.readers import Read, Reader
 from hf_flash.resident import Resident, read_matrix
@@ -104,13 +104,14 @@ class PackedLinear(OnFlashLinear):
 
     matrix: Resident
 
-    def connect(self, reader: Reader, rows: Extent2D, exact: bool = False) -> None:
+    def connect(self, reader: Reader, rows: Extent2D, exact: bool, pool: Pool) -> None:
         """Read the weight and pack it.
 
         Args:
             reader: what reads.
             rows: [out_features, in_features * 2], bfloat16.
             exact: compute as torch does, to the bit; else sums are float32 in another order, and faster.
+            pool: where it stays.
         """
         self.exact = exact
         n_tokens = 1 if exact else native.MAX_TOKENS if native.library() is not None else 0
@@ -118,7 +119,7 @@ class PackedLinear(OnFlashLinear):
         self._n_threads = torch.get_num_threads()
         # Found out now, not when the first token waits.
         self._agrees = exact and ordered.agrees(self.out_features, self.in_features)
-        self.matrix = read_matrix(reader, rows)
+        self.matrix = read_matrix(reader, rows, pool)
 
     @contextlib.contextmanager
     def pieces(self) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:

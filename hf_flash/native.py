@@ -123,8 +123,6 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_ordered.argtypes = []
     lib.hf_flash_ordered_matvec.restype = None
     lib.hf_flash_ordered_matvec.argtypes = [_P, _I, _I, _I, _N, _P, _P, _P, _P, _P]
-    lib.hf_flash_ordered_tight.restype = None
-    lib.hf_flash_ordered_tight.argtypes = [_P, _I, _I, _I, _P, _P, _P, _P, _P, _P]
     lib.hf_flash_ordered_ffn.restype = None
     lib.hf_flash_ordered_ffn.argtypes = [
         _P, _I, _I, _I, _I, _I, _N, _N, _P, _P, _P, _P, _P, _P, _P, _P, _P, _P,
@@ -132,11 +130,11 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_tight.restype = _N
     lib.hf_flash_tight.argtypes = []
     lib.hf_flash_tight_pack.restype = _I
-    lib.hf_flash_tight_pack.argtypes = [_P, _I, _I, _I, _P, _I, _P, _P, _P]
+    lib.hf_flash_tight_pack.argtypes = [_P, _I, _I, _I, _P, _P, _P, _P]
     lib.hf_flash_tight_unpack.restype = None
-    lib.hf_flash_tight_unpack.argtypes = [_P, _I, _I, _P, _P, _P, _P, _I, _P, _I]
+    lib.hf_flash_tight_unpack.argtypes = [_P, _I, _I, _P, _P, _P, _P, _I, _I, _P, _I]
     lib.hf_flash_tight_linear.restype = None
-    lib.hf_flash_tight_linear.argtypes = [_P, _I, _I, _I, _P, _P, _P, _P, _P, _I, _N, _P]
+    lib.hf_flash_tight_linear.argtypes = [_P, _I, _I, _P, _P, _P, _P, _P, _I, _N, _P]
     lib.hf_flash_ring_open.restype = _P
     lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]
     lib.hf_flash_ring_close.restype = None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hf_flash import native
 from hf_flash.ops import Activation
 from hf_flash.packing import BLOCK, Packing, choose_base, count_exponents, pack
-from hf_flash.tight import Tight, output_like
+from hf_flash.tight import output_like
 
 MULTIPLE = 8  # neurons of a chunk, but for the last one
 _PROOF_BYTES = 16 << 20  # of weights that a comparison is made with; larger matrices are compared with fewer rows
@@ -79,15 +79,6 @@ def matvec(x: torch.Tensor, rows: torch.Tensor, packing: Packing, bias: torch.Te
         rows.data_ptr(), rows.stride(0), len(rows), packing.n_elements, packing.base, packing.start.data_ptr(),
         packing.escapes.data_ptr(), x.data_ptr(), native.pointer(bias), out.data_ptr(),
     )  # fmt: skip
-    return out
-
-
-def matvec_tight(x: torch.Tensor, matrix: Tight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`matvec` of a matrix as tight.py keeps it."""
-    lib = native.library()
-    assert lib is not None and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() == matrix.n_elements
-    out = output_like(x, matrix.n_rows, matrix.n_elements)
-    lib.hf_flash_ordered_tight(*matrix.arguments, x.data_ptr(), native.pointer(bias), out.data_ptr())
     return out
 
 

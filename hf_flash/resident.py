@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from hf_flash import ordered, packing, tight
-from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.memory import Pool, aligned_empty, view_bytes
 from hf_flash.packing import Packing, choose_base, count_exponents, pack, packed_bytes
 from hf_flash.readers import Read, Reader
 from hf_flash.store import Extent2D
@@ -74,10 +74,10 @@ class TightMatrix(Resident):
 
     def __init__(self, matrix: Tight) -> None:
         self.matrix, self.n_bytes = matrix, matrix.n_bytes
-        self.bits = 8 * self.n_bytes / (len(matrix.rows) * matrix.n_elements)
+        self.bits = 8 * self.n_bytes / (matrix.n_rows * matrix.n_elements)
 
     def unpack(self, begin: int, end: int, out: torch.Tensor) -> torch.Tensor:
-        return tight.unpack(self.matrix.part(begin, end), out=out)
+        return tight.unpack(self.matrix, (begin, end), out)
 
     def fetch(self, ids: torch.Tensor) -> torch.Tensor:
         return tight.unpack(self.matrix, ids)
@@ -86,18 +86,25 @@ class TightMatrix(Resident):
         return tight.linear(x, self.matrix, bias)
 
     def matvec(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ordered.matvec_tight(x, self.matrix, bias)
+        return tight.linear(x, self.matrix, bias)  # one kernel: its sums are in torch's order
 
 
-def read_matrix(reader: Reader, rows: Extent2D) -> Resident:
+def read_matrix(reader: Reader, rows: Extent2D, pool: Pool) -> Resident:
     """Read a bfloat16 matrix from a file, some rows at a time, and pack it.
 
     Args:
         reader: what reads.
         rows: [n, E * 2] bytes.
+        pool: where it stays.
     """
     source = _Source(reader, rows)
-    return (_tight(source) if tight.available() else None) or _packed(source)
+    return (_tight(source, pool) if tight.available() else None) or _packed(source, pool)
+
+
+def most_bytes(n_rows: int, n_columns: int) -> int:
+    """What a matrix takes of a pool at most, unless escapes are unusually many."""
+    fewest = packed_bytes(n_columns) * n_rows
+    return max(fewest, tight.tile_bytes(n_rows, n_columns) + n_rows * n_columns // 16) if tight.available() else fewest
 
 
 class _Source:
@@ -106,7 +113,7 @@ class _Source:
     def __init__(self, reader: Reader, rows: Extent2D) -> None:
         self._reader, self._rows = reader, rows
         self.n_rows, self.n_columns = rows.n_rows, rows.row_bytes // 2
-        step = max(1, READ_BYTES // rows.row_bytes)
+        step = max(1, READ_BYTES // rows.row_bytes // tight.STRIPE) * tight.STRIPE
         self.parts = [(i, min(i + step, rows.n_rows)) for i in range(0, rows.n_rows, step)]
         self._buffer = aligned_empty(min(step, rows.n_rows) * rows.row_bytes)
 
@@ -118,25 +125,23 @@ class _Source:
         return part.view(torch.bfloat16).view(-1, self.n_columns)
 
 
-def _tight(source: _Source) -> TightMatrix | None:
+def _tight(source: _Source, pool: Pool) -> TightMatrix | None:
     """None where so many weights are escapes that it does not pay."""
-    rows = tight.empty_rows(source.n_rows, source.n_columns)
-    bases, counts, escapes = [], [torch.zeros(1, dtype=torch.int32)], []
-    n_escapes = 0
+    memory = pool.take(tight.tile_bytes(source.n_rows, source.n_columns))
+    tiles = tight.as_tiles(memory, source.n_columns)
+    parts, n_escapes = [], 0
     for begin, end in source.parts:
-        part = tight.pack(source.read(begin, end), rows[begin:end])
-        bases.append(part.base)
-        counts.append(part.start.diff())
-        escapes.append(part.escapes)
+        part = tight.pack(source.read(begin, end), tiles[begin // tight.STRIPE :])
+        parts.append(part)
         n_escapes += len(part.escapes)
         if n_escapes > _MOST_ESCAPES * source.n_rows * source.n_columns:
+            pool.give_back(memory)
             return None
-    start = torch.cat(counts).cumsum(0).to(torch.int32)
-    return TightMatrix(Tight(rows, torch.cat(bases), start, tight.join_escapes(escapes)))
+    return TightMatrix(tight.join(tiles, parts, pool.take))
 
 
-def _packed(source: _Source) -> PackedMatrix:
-    out = aligned_empty(source.n_rows * packed_bytes(source.n_columns)).view(source.n_rows, -1)
+def _packed(source: _Source, pool: Pool) -> PackedMatrix:
+    out = pool.take(source.n_rows * packed_bytes(source.n_columns)).view(source.n_rows, -1)
 
     def pack_all(base: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         counts, escapes = [torch.zeros(1, dtype=torch.int32)], []

@@ -15,7 +15,7 @@ import torch
 from hf_flash.errors import CheckpointError, ChecksumError
 from hf_flash.format import RUN_BYTES, TensorEntry, TensorFile, read_header, run_crcs
 from hf_flash.layout import BundleLayout
-from hf_flash.memory import aligned_empty, view_bytes
+from hf_flash.memory import Take, aligned_empty, view_bytes
 from hf_flash.packing import Packing, can_pack, unpack
 from hf_flash.plan import IntArray
 from hf_flash.readers import Read, Reader, Ticket
@@ -296,8 +296,12 @@ def _packing(header: TensorFile, geometry: Mapping[str, Any], layout: BundleLayo
     return Packing(layout.n_elements, geometry["exponent"], start, pairs[:, 1].contiguous())
 
 
-def read_checked(header: TensorFile, entry: TensorEntry) -> torch.Tensor:
+def read_checked(header: TensorFile, entry: TensorEntry, take: Take = aligned_empty) -> torch.Tensor:
     """All bytes of a tensor, compared with their checksum: for what would be wrong everywhere if one bit were.
+
+    Args:
+        header, entry: the file and which of its tensors.
+        take: gives the memory.
 
     Returns:
         [n_bytes] uint8.
@@ -305,7 +309,7 @@ def read_checked(header: TensorFile, entry: TensorEntry) -> torch.Tensor:
     Raises:
         CheckpointError: the file ended early. ChecksumError: the bytes differ.
     """
-    out = aligned_empty(entry.n_bytes)  # a gate's scan of huge pages walks fewer tables
+    out = take(entry.n_bytes)
     if not entry.n_bytes:
         return out
     with open(header.path, "rb", buffering=0) as file:

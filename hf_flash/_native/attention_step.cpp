@@ -4,8 +4,8 @@
 #include "common.h"
 
 struct Projection {  // tight.h
-  const uint8_t *rows;
-  int64_t stride, n, E;
+  const uint8_t *tiles;
+  int64_t n, E;
   const uint8_t *base;
   const int32_t *start;
   const uint8_t *escapes;
@@ -13,15 +13,14 @@ struct Projection {  // tight.h
 
 struct AttentionStep {  // attention_step.py has the same fields
   Projection q, k, v, o;
-  int64_t n_heads, n_shared, D, exact;
+  int64_t n_heads, n_shared, D;
   float q_scale, scale;  // of the queries, and of their products with the keys
 };
 
 namespace {
 
-void project(const AttentionStep &s, const Projection &p, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
-  if (s.exact) hf_flash_ordered_tight(p.rows, p.stride, p.n, p.E, p.base, p.start, p.escapes, x, bias, out);
-  else hf_flash_tight_linear(p.rows, p.stride, p.n, p.E, p.base, p.start, p.escapes, x, bias, 1, BF16, out);
+void project(const Projection &p, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+  hf_flash_tight_linear(p.tiles, p.n, p.E, p.base, p.start, p.escapes, x, bias, 1, BF16, out);
 }
 
 uint16_t times(uint16_t a, float b) { return bits_bf16(round_bf16(from_bf16(a) * b)); }
@@ -47,7 +46,7 @@ extern "C" {
 // What it looks at first.
 void hf_flash_attention_looks_at(const AttentionStep *s, Ahead *out) {
   const Projection *first[] = {&s->k, &s->v, &s->q};
-  for (int i = 0; i < 3; i++) out->from[i] = first[i]->rows, out->n_bytes[i] = first[i]->n * first[i]->stride;
+  for (int i = 0; i < 3; i++) out->from[i] = first[i]->tiles, out->n_bytes[i] = first[i]->n * first[i]->E * 11 / 8;
 }
 
 int64_t hf_flash_attention_step_bytes() { return sizeof(AttentionStep); }
@@ -60,16 +59,16 @@ void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t
   const int64_t D = s->D, width = s->n_heads * D;
   std::vector<uint16_t> heads(static_cast<size_t>(width)), query(heads.size());
   uint16_t *row = heads.data();
-  project(*s, s->k, x, k_bias, row);
+  project(s->k, x, k_bias, row);
   rotate(row, cos, sin, s->n_shared, D, keys + n * D, kv_head);
-  project(*s, s->v, x, v_bias, row);
+  project(s->v, x, v_bias, row);
   rotate(row, nullptr, nullptr, s->n_shared, D, values + n * D, kv_head);
-  project(*s, s->q, x, q_bias, row);
+  project(s->q, x, q_bias, row);
   for (int64_t i = 0; i < width && s->q_scale != 1.0f; i++) row[i] = times(row[i], s->q_scale);
   rotate(row, cos, sin, s->n_heads, D, query.data(), D);
   hf_flash_attend(query.data(), keys, values, width, D, 0, kv_head, D, 0, kv_head, D, 1, s->n_heads,
                   s->n_heads / s->n_shared, n + 1, D, s->scale, row);
-  project(*s, s->o, row, o_bias, out);
+  project(s->o, row, o_bias, out);
 }
 
 }  // extern "C"

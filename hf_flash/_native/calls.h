@@ -40,14 +40,10 @@ void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const u
 int hf_flash_layers(LayerCall **at);
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
-void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
-                           const int32_t *start, const uint8_t *escapes, const void *x, const void *bias, int64_t T,
-                           int dtype, void *out);
+void hf_flash_tight_linear(const uint8_t *tiles, int64_t n, int64_t E, const uint8_t *base, const int32_t *start,
+                           const uint8_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out);
 void hf_flash_packed_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
                             const uint32_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out);
-void hf_flash_ordered_tight(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
-                            const int32_t *start, const uint8_t *escapes, const uint16_t *x, const uint16_t *bias,
-                            uint16_t *out);
 void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, int base, const int32_t *start,
                              const uint32_t *escapes, const uint16_t *x, const uint16_t *bias, uint16_t *out);
 void *hf_flash_ring_submit(void *ring, int64_t n, const int *fds, const int64_t *offsets, const int64_t *need,

@@ -27,7 +27,6 @@ INLINE uint16_t rounded(float v) { return bits_bf16(round_bf16(v)); }
 
 namespace {
 
-constexpr int64_t CHAIN = 512;  // inputs of a chain
 constexpr int ROWS = 16;        // outputs in a register
 constexpr int GROUPS = 4;       // registers summed side by side: a chain waits for itself
 constexpr int64_t SOON = 256;   // weights of a row that are fetched before they are decoded
@@ -49,32 +48,13 @@ INLINE int32_t escape_from(const Packed &p, int64_t row, int64_t weight) {
   return at;
 }
 
-// out[i] has the i-th four bytes of 16 rows, which lie 128 bytes apart.
-INLINE void transpose(const uint16_t *from, __m512i *out) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i++) a[i] = _mm512_load_si512(from + 64 * i);
-  for (int i = 0; i < 16; i += 2)
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {  // a[i + 4 r] has column 4 lane + i of rows 4 r .. 4 r + 3
-    const __m512i c0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), c1 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    const __m512i d0 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    const __m512i d1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    out[i] = _mm512_shuffle_i32x4(c0, d0, 0x88), out[8 + i] = _mm512_shuffle_i32x4(c0, d0, 0xdd);
-    out[4 + i] = _mm512_shuffle_i32x4(c1, d1, 0x88), out[12 + i] = _mm512_shuffle_i32x4(c1, d1, 0xdd);
-  }
-}
-
 INLINE __m512bh pair_of(const uint16_t *x) {
   int32_t both;
   std::memcpy(&both, x, 4);
   return (__m512bh)_mm512_set1_epi32(both);
 }
 
-// Rows of packed weights from weight `first` on, and of tight ones: 64 weights at a time, laned.
+// Rows of packed weights from weight `first` on, 64 weights at a time, laned.
 struct PackedRows {
   const Packed &p;
   const uint8_t *rows;
@@ -102,41 +82,27 @@ struct PackedRows {
   }
 };
 
-struct TightRows {
-  const Tight &m;
-  typedef TightRow Row;
-
-  __attribute__((always_inline)) Row row(int64_t i) const { return tight_row(m, i); }
-  __attribute__((always_inline)) void fetch_soon(int64_t i, int64_t j) const {
-    fetch(m.rows + i * m.stride + j);
-    if (j % 128 == 0) fetch(m.rows + i * m.stride + m.E + j / BLOCK * CODE_BYTES);
-  }
-  __attribute__((always_inline)) void decode(Row *r, int64_t j, uint16_t *values) const {
-    const int64_t code = m.E + j / BLOCK * CODE_BYTES;
-    __m512i a, b;
-    decode_lanes(r, j, code, &a, &b);
-    _mm512_store_si512(values, a), _mm512_store_si512(values + 32, b);
-  }
-};
-
 // The next 64 weights of 16 rows: out[pair_at(k)] has pair k of each. `next`, `then`: the row and weight to fetch.
-template <class Rows>
-INLINE void pairs_of(const Rows &rows, typename Rows::Row *row, int64_t j, int64_t next, int64_t then, __m512i *out) {
+INLINE void pairs_of(const PackedRows &rows, PackedRows::Row *row, int64_t j, int64_t next, int64_t then, __m512i *out) {
   alignas(64) uint16_t some[ROWS * BLOCK];
   for (int r = 0; r < ROWS; r++) {
     rows.fetch_soon(next + r, then);
     rows.decode(row + r, j, some + r * BLOCK);
   }
-  transpose(some, out), transpose(some + BLOCK / 2, out + ROWS);
+  for (int half = 0; half < 2; half++) {
+    __m512i in[ROWS];
+    for (int r = 0; r < ROWS; r++) in[r] = _mm512_load_si512(some + r * BLOCK + half * BLOCK / 2);
+    transpose(in, out + half * ROWS);
+  }
 }
 
 INLINE int pair_at(int k) { return k / 4 % 2 * ROWS + k / 8 * 4 + k % 4; }
 
 // out[i] = K weights of row i, times x, and the bias, for N registers of rows from i on, as far as there are rows.
-template <int N, class Rows>
-void some_products(const Rows &rows, int64_t i, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+template <int N>
+void some_products(const PackedRows &rows, int64_t i, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   __m512i pairs[N][BLOCK / 2];
-  typename Rows::Row row[ROWS * N];
+  PackedRows::Row row[ROWS * N];
   __m512 total[N], chain[N];
   for (int r = 0; r < ROWS * N; r++) row[r] = rows.row(i + r < end ? i + r : end - 1);
   for (int g = 0; g < N; g++) total[g] = chain[g] = _mm512_setzero_ps();
@@ -165,8 +131,7 @@ void some_products(const Rows &rows, int64_t i, int64_t end, int64_t K, const ui
 }
 
 // The same for rows begin .. end.
-template <class Rows>
-void products(const Rows &rows, int64_t begin, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+void products(const PackedRows &rows, int64_t begin, int64_t end, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   for (int64_t j = 0; j < SOON && j < K; j += BLOCK)
     for (int64_t i = begin; i < end && i < begin + ROWS * GROUPS; i++) rows.fetch_soon(i, j);
   int64_t i = begin;
@@ -186,8 +151,7 @@ Share share_of(int64_t n, int me, int threads) {
 }
 
 // All n rows of a matrix, K weights each.
-template <class Rows>
-void whole_products(const Rows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
+void whole_products(const PackedRows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
   const int threads = n * K < 65536 * max_threads() ? 1 : max_threads();
   in_parallel(threads, [&](int me) {
     const Share mine = share_of(n, me, threads);
@@ -266,16 +230,6 @@ void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int
 #ifdef ORDERED
   const Packed p(E, base, start, escapes);
   whole_products(PackedRows{p, rows, stride, 0}, n, E, x, bias, out);
-#endif
-}
-
-// The same for rows as tight.h keeps them.
-void hf_flash_ordered_tight(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
-                            const int32_t *start, const uint8_t *escapes, const uint16_t *x, const uint16_t *bias,
-                            uint16_t *out) {
-#ifdef ORDERED
-  const Tight m{rows, stride, E, base, start, escapes};
-  whole_products(TightRows{m}, n, E, x, bias, out);
 #endif
 }
 

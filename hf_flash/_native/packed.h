@@ -6,6 +6,8 @@ namespace {
 
 constexpr int64_t BLOCK = 64;  // weights whose 64 codes lie in 32 bytes: byte j has those of weights j and j + 32
 
+constexpr int64_t CHAIN = 512;  // inputs whose products torch sums before it adds those sums: ordered.cpp
+
 constexpr int64_t ROW_BLOCK = 256;  // rows of a matrix that a thread takes at a time, or a fourth of its share
 
 // Where the loops keep value j: by block of 64, first the even ones of the first 8 of every 16, then their odd ones, then
@@ -14,6 +16,9 @@ INLINE int64_t shuffled(int64_t j) {
   const int64_t lane = j / 16 % 4, k = j % 16;
   return j / BLOCK * BLOCK + k / 8 * 32 + k % 2 * 16 + lane * 4 + k % 8 / 2;
 }
+
+// Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
+INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
 
 inline Floats shuffle(const float *x, int64_t T, int64_t d) {
   Floats out(T * d);
@@ -28,7 +33,7 @@ template <class F> void linear(int64_t n, int64_t E, int64_t T, const void *bias
   const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
   std::vector<float> sums(static_cast<size_t>(T * n));
   const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
-  const int64_t share = n / (4 * threads) / 4 * 4, block = share < 16 ? 16 : share < ROW_BLOCK ? share : ROW_BLOCK;
+  const int64_t share = n / (4 * threads) / 64 * 64, block = share < 64 ? 64 : share < ROW_BLOCK ? share : ROW_BLOCK;
   in_blocks(threads, n, block, [&](int64_t begin, int64_t end) { products(begin, end, sums.data()); });
   for (int64_t t = 0; t < T; t++)
     for (int64_t i = 0; i < n && bias; i++) sums[static_cast<size_t>(t * n + i)] += added[static_cast<size_t>(i)];
@@ -74,6 +79,24 @@ INLINE void decode_lanes(const uint8_t *low, const uint8_t *code, const Tables &
   const __m512i high = _mm512_ternarylogic_epi32(h, l, _mm512_set1_epi8(-128), 0xf8);  // h | (l & 0x80)
   const __m512i down = _mm512_ternarylogic_epi32(g, l, _mm512_set1_epi8(127), 0xf8);
   *first = _mm512_unpacklo_epi8(down, high), *second = _mm512_unpackhi_epi8(down, high);
+}
+
+// out[i] has the i-th four bytes of each of 16 registers.
+INLINE void transpose(const __m512i *in, __m512i *out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2)
+    b[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {  // a[i + 4 r] has column 4 lane + i of registers 4 r .. 4 r + 3
+    const __m512i c0 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), c1 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    const __m512i d0 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i d1 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    out[i] = _mm512_shuffle_i32x4(c0, d0, 0x88), out[8 + i] = _mm512_shuffle_i32x4(c0, d0, 0xdd);
+    out[4 + i] = _mm512_shuffle_i32x4(c1, d1, 0x88), out[12 + i] = _mm512_shuffle_i32x4(c1, d1, 0xdd);
+  }
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ template <auto F> PyObject *fast(PyObject *, PyObject *const *args, Py_ssize_t n
 PyMethodDef methods[] = {
     METHOD(hf_flash_attend),        METHOD(hf_flash_attention_step), METHOD(hf_flash_layers),
     METHOD(hf_flash_step),          METHOD(hf_flash_stream_sum),     METHOD(hf_flash_tight_linear),
-    METHOD(hf_flash_packed_linear), METHOD(hf_flash_ordered_tight),  METHOD(hf_flash_ordered_matvec),
+    METHOD(hf_flash_packed_linear), METHOD(hf_flash_ordered_matvec),
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -3,20 +3,45 @@
 #include "calls.h"
 #include "tight.h"
 
+#pragma GCC optimize("no-associative-math")  // the order of sums is the point, as in ordered.cpp
+
 namespace {
 
-// The first of the N_TIGHT neighbours that leave the fewest of these weights out.
+// One less than the first of the N_TIGHT neighbours that leave the fewest of these weights out.
 int best_base(const uint16_t *w, int64_t E) {
   int64_t counts[256] = {};
   for (int64_t j = 0; j < E; j++) counts[(w[j] >> 7) & 255]++;
   int64_t inside = 0, most = -1;
   for (int e = 1; e < N_TIGHT; e++) inside += counts[e];
-  int best = 1;
-  for (int base = 1; base + N_TIGHT <= 256; base++) {
-    inside += counts[base + N_TIGHT - 1] - (base > 1 ? counts[base - 1] : 0);
+  int best = 0;
+  for (int base = 0; base + N_TIGHT < 256; base++) {
+    inside += counts[base + N_TIGHT] - (base ? counts[base] : 0);
     if (inside > most) most = inside, best = base;
   }
   return best;
+}
+
+int64_t stripes_of(int64_t n) { return (n + STRIPE - 1) / STRIPE; }
+
+// Four columns of 16 rows, `stride` apart, to a block; returns how many escapes it wrote.
+int64_t pack_block(const uint16_t *w, int64_t stride, const uint8_t *base, uint8_t *low, uint8_t *code, uint8_t *escapes) {
+  uint8_t *const first = escapes;
+  for (int64_t p = 0; p < BLOCK; p += 8, code += 3) {
+    uint32_t codes = 0;
+    for (int64_t k = 0; k < 8; k++) {
+      const int64_t row = row_of(p + k);
+      const uint16_t v = w[row * stride + column_of(p + k)];
+      const uint32_t exponent = (v >> 7) & 255u, c = exponent - base[row];
+      const bool fits = c - 1 < static_cast<uint32_t>(N_TIGHT);
+      low[p + k] = static_cast<uint8_t>((v & 0x7f) << 1 | v >> 15);
+      codes |= (fits ? c : 0u) << (3 * k);
+      *escapes = static_cast<uint8_t>(exponent);
+      escapes += !fits;
+    }
+    code[0] = static_cast<uint8_t>(codes), code[1] = static_cast<uint8_t>(codes >> 8);
+    code[2] = static_cast<uint8_t>(codes >> 16);
+  }
+  return escapes - first;
 }
 
 }  // namespace
@@ -28,20 +53,54 @@ namespace {
 
 #include "tight_loops.h"
 
-// Rows ids[begin] .. ids[end], or begin .. end, to bfloat16.
-void unpack(const Tight &m, const int64_t *ids, int64_t begin, int64_t end, uint16_t *out, int64_t out_stride) {
-  const __m512i front = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), back = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
-  for (int64_t i = begin; i < end; i++) {
-    TightRow row = tight_row(m, ids ? ids[i] : i);
-    const int64_t ahead = !ids && i + 1 < end ? m.stride : 0;
-    uint16_t *to = out + i * out_stride;
-    for (int64_t j = 0, code = m.E; j < m.E; j += BLOCK, code += CODE_BYTES, to += BLOCK) {
-      __m512i a, b;
-      fetch(row.row + ahead + j);
-      fetch(row.row + ahead + code);
-      decode_lanes(&row, j, code, &a, &b);
-      _mm512_storeu_si512(to, _mm512_permutex2var_epi64(a, front, b));
-      _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi64(a, back, b));
+// Those of outputs i .. i + 16 that there are.
+INLINE __mmask16 outputs(const Tight &m, int64_t i) {
+  return static_cast<__mmask16>(m.n - i >= REGISTER ? 0xffff : (1 << (m.n - i)) - 1);
+}
+
+// sums [T, n] = stripes begin .. end times x [T, E].
+void sums_of(const Tight &m, int64_t begin, int64_t end, const float *x, int64_t T, float *sums) {
+  products(m, begin, end, x, T, [&](int64_t t, int64_t i, __m512 sum) {
+    _mm512_mask_storeu_ps(sums + t * m.n + i, outputs(m, i), sum);
+  });
+}
+
+// Rows of one stripe, from row `from` of it to `end`, to bfloat16; out has row `from`.
+void unpack_stripe(const Tight &m, int64_t s, int64_t from, int64_t end, uint16_t *out, int64_t out_stride) {
+  Stripe stripe = stripe_at(m, s);
+  for (int64_t j = 0; j < m.E; j += 2 * TILE_COLUMNS) {
+    __m512i pairs[N_REGISTERS][REGISTER], rows[REGISTER];  // two columns of 16 rows each
+    for (int64_t k = 0; k < REGISTER; k += N_BLOCKS / 2, stripe.tile += TILE_BYTES) {
+      for (int64_t line = 0; line < TILE_BYTES; line += 64) fetch(stripe.tile + 2 * TILE_BYTES + line);
+      for (int64_t b = 0; b < N_BLOCKS; b++) {
+        __m512i *to = pairs[b % N_REGISTERS] + k + b / N_REGISTERS * 2;
+        decode_block(&stripe, b, to, to + 1);
+      }
+    }
+    for (int64_t r = 0; r < N_REGISTERS; r++) {
+      transpose(pairs[r], rows);
+      const int64_t first = r * REGISTER;
+      for (int64_t i = from > first ? from : first; i < end && i < first + REGISTER; i++)
+        _mm512_storeu_si512(out + (i - from) * out_stride + j, rows[i - first]);
+    }
+  }
+}
+
+// Row i alone: of the others its escapes have to be counted.
+void unpack_row(const Tight &m, int64_t i, uint16_t *out) {
+  Stripe stripe = stripe_at(m, i / STRIPE);
+  for (int64_t j = 0; j < m.E; j += TILE_COLUMNS, stripe.tile += TILE_BYTES) {
+    for (int64_t b = 0; b < N_BLOCKS; b++) {
+      if (b % N_REGISTERS != i % STRIPE / REGISTER) {
+        stripe.escape += __builtin_popcountll(escaped_of(codes_of(stripe.tile, b)));
+        continue;
+      }
+      alignas(64) uint32_t pairs[2][REGISTER];
+      __m512i first, second;
+      decode_block(&stripe, b, &first, &second);
+      _mm512_store_si512(pairs[0], first), _mm512_store_si512(pairs[1], second);
+      std::memcpy(out, &pairs[0][i % REGISTER], 4), std::memcpy(out + 2, &pairs[1][i % REGISTER], 4);
+      out += 4;
     }
   }
 }
@@ -55,6 +114,23 @@ namespace pairs {
 #define PAIRS
 #include "tight_loops.h"
 #undef PAIRS
+
+// out [T, n] = x [T, E] times the rows, and the bias [n] or null, all bfloat16 and rounded as torch does.
+void linear(const Tight &m, const uint16_t *x, const uint16_t *bias, int64_t T, uint16_t *out) {
+  const int64_t n_stripes = stripes_of(m.n);
+  const int threads = m.n * m.E < 65536 * max_threads() ? 1 : max_threads();
+  in_parallel(threads, [&](int me) {
+    products(m, n_stripes * me / threads, n_stripes * (me + 1) / threads, x, T, [&](int64_t t, int64_t i, __m512 sum) {
+      const __mmask16 mine = outputs(m, i);
+      if (bias) {
+        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + i));
+        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+      }
+      _mm256_mask_storeu_epi16(out + t * m.n + i, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+    });
+  });
+}
+
 }  // namespace pairs
 }  // namespace
 #pragma GCC pop_options
@@ -71,62 +147,72 @@ int hf_flash_tight() {
 #endif
 }
 
-// Packs n rows of E bfloat16 and chooses their bases; returns how many escapes they have, which go to `escapes` where
-// that is not null.
-int64_t hf_flash_tight_pack(const uint16_t *from, int64_t from_stride, int64_t n, int64_t E, uint8_t *rows, int64_t stride,
-                            uint8_t *base, int32_t *start, uint8_t *escapes) {
+// Packs n rows of E bfloat16 and chooses their bases; returns how many escapes they have. `escapes` has room for as many
+// as there are weights, and one more.
+int64_t hf_flash_tight_pack(const uint16_t *from, int64_t from_stride, int64_t n, int64_t E, uint8_t *tiles, uint8_t *base,
+                            int32_t *start, uint8_t *escapes) {
+  std::vector<uint16_t> filled;  // the last stripe, where rows are missing; weights that are no escapes
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const uint16_t *w = from + i * from_stride;
-    uint8_t *low = rows + i * stride, *code = low + E;
-    base[i] = static_cast<uint8_t>(best_base(w, E));
-    start[i] = static_cast<int32_t>(count);
-    for (int64_t j = 0; j < E; j += 8, code += 3) {
-      uint32_t codes = 0;
-      for (int64_t k = 0; k < 8; k++) {
-        const uint16_t v = w[j + k];
-        const uint32_t exponent = (v >> 7) & 255u, c = exponent - base[i];
-        const bool fits = c < static_cast<uint32_t>(N_TIGHT);
-        low[j + k] = static_cast<uint8_t>((v & 0x7f) << 1 | v >> 15);
-        codes |= (fits ? c : 7u) << (3 * k);
-        if (fits) continue;
-        if (escapes) escapes[count] = static_cast<uint8_t>(exponent);
-        count++;
+  for (int64_t s = 0; s < stripes_of(n); s++, base += STRIPE) {
+    const int64_t rows = n - s * STRIPE < STRIPE ? n - s * STRIPE : STRIPE;
+    const uint16_t *w = from + s * STRIPE * from_stride;
+    int64_t stride = from_stride;
+    if (rows < STRIPE) {
+      filled.assign(static_cast<size_t>(STRIPE * E), 1 << 7);
+      for (int64_t r = 0; r < rows; r++) std::memcpy(filled.data() + r * E, w + r * stride, static_cast<size_t>(E) * 2);
+      w = filled.data(), stride = E;
+    }
+    start[s] = static_cast<int32_t>(count);
+    for (int64_t r = 0; r < STRIPE; r++) base[r] = static_cast<uint8_t>(best_base(w + r * stride, E));
+    for (int64_t j = 0; j < E; j += TILE_COLUMNS, tiles += TILE_BYTES) {
+      for (int64_t b = 0; b < N_BLOCKS; b++) {
+        const int64_t row = b % N_REGISTERS * REGISTER, column = j + b / N_REGISTERS * 4;
+        count += pack_block(w + row * stride + column, stride, base + row, tiles + b * BLOCK,
+                            tiles + N_BLOCKS * BLOCK + b * CODE_BYTES, escapes + count);
       }
-      code[0] = static_cast<uint8_t>(codes), code[1] = static_cast<uint8_t>(codes >> 8);
-      code[2] = static_cast<uint8_t>(codes >> 16);
     }
   }
-  start[n] = static_cast<int32_t>(count);
+  start[stripes_of(n)] = static_cast<int32_t>(count);
   return count;
 }
 
-// out [n, E] bfloat16 = rows `ids`, or the first n.
-void hf_flash_tight_unpack(const uint8_t *rows, int64_t stride, int64_t E, const uint8_t *base, const int32_t *start,
-                           const uint8_t *escapes, const int64_t *ids, int64_t n, uint16_t *out, int64_t out_stride) {
+// out [k, E] bfloat16 = rows `ids`, or rows first .. first + k.
+void hf_flash_tight_unpack(const uint8_t *tiles, int64_t n, int64_t E, const uint8_t *base, const int32_t *start,
+                           const uint8_t *escapes, const int64_t *ids, int64_t first, int64_t k, uint16_t *out,
+                           int64_t out_stride) {
 #ifdef TIGHT
-  const Tight m{rows, stride, E, base, start, escapes};
-  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
-  in_parallel(threads, [&](int me) { unpack(m, ids, n * me / threads, n * (me + 1) / threads, out, out_stride); });
+  const Tight m{tiles, n, E, base, start, escapes};
+  const int threads = k * E < 65536 * max_threads() ? 1 : max_threads();
+  if (ids) {
+    in_parallel(threads, [&](int me) {
+      for (int64_t i = k * me / threads; i < k * (me + 1) / threads; i++) unpack_row(m, ids[i], out + i * out_stride);
+    });
+    return;
+  }
+  const int64_t from = first / STRIPE, n_stripes = stripes_of(first + k) - from;
+  in_parallel(threads, [&](int me) {
+    for (int64_t s = from + n_stripes * me / threads; s < from + n_stripes * (me + 1) / threads; s++) {
+      const int64_t begin = first > s * STRIPE ? first : s * STRIPE;
+      const int64_t end = first + k < (s + 1) * STRIPE ? first + k : (s + 1) * STRIPE;
+      unpack_stripe(m, s, begin - s * STRIPE, end - s * STRIPE, out + (begin - first) * out_stride, out_stride);
+    }
+  });
 #endif
 }
 
 // out [T, n] = x [T, E] times the rows, and the bias [n]; x, bias (or null) and out of `dtype`, sums in float32.
-void hf_flash_tight_linear(const uint8_t *rows, int64_t stride, int64_t n, int64_t E, const uint8_t *base,
-                           const int32_t *start, const uint8_t *escapes, const void *x, const void *bias, int64_t T,
-                           int dtype, void *out) {
+void hf_flash_tight_linear(const uint8_t *tiles, int64_t n, int64_t E, const uint8_t *base, const int32_t *start,
+                           const uint8_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out) {
 #ifdef TIGHT
-  const Tight m{rows, stride, E, base, start, escapes};
+  const Tight m{tiles, n, E, base, start, escapes};
   if (dtype == BF16 && can_pairs()) {
-    Floats laid(T * E / 2);
-    uint16_t *to = reinterpret_cast<uint16_t *>(laid.data());
-    for (int64_t j = 0; j < T * E; j++) to[j / BLOCK * BLOCK + laned(j % BLOCK)] = static_cast<const uint16_t *>(x)[j];
-    return linear(n, E, T, bias, dtype, out,
-                  [&](int64_t begin, int64_t end, float *sums) { pairs::matvec(m, begin, end, to, T, n, sums); });
+    const uint16_t *added = static_cast<const uint16_t *>(bias);
+    return pairs::linear(m, static_cast<const uint16_t *>(x), added, T, static_cast<uint16_t *>(out));
   }
-  Floats mixed = shuffle(to_float(x, T * E, dtype).data(), T, E);
-  linear(n, E, T, bias, dtype, out,
-         [&](int64_t begin, int64_t end, float *sums) { matvec(m, begin, end, mixed.data(), T, n, sums); });
+  const std::vector<float> inputs = to_float(x, T * E, dtype);
+  linear(n, E, T, bias, dtype, out, [&](int64_t begin, int64_t end, float *sums) {
+    sums_of(m, begin / STRIPE, stripes_of(end), inputs.data(), T, sums);
+  });
 #endif
 }
 

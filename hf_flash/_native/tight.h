@@ -1,26 +1,37 @@
-// Rows of bfloat16 in some 11.2 bits a weight, decoded in a register: tight.cpp, and ordered.cpp where torch's order of
-// sums is kept. Reference: tight.py.
+// Matrices of bfloat16 in some 11.2 bits a weight, decoded in a register as a product needs them. Reference: tight.py.
 //
-// A row of E weights is E bytes, mantissa << 1 | sign, and 3 bits of code for each: codes 0 .. 6 are the exponents
-// base .. base + 6, where base is the row's own; code 7 says that the exponent is the next byte of the row's escapes.
+// 64 rows make a stripe (the last one is filled up), 16 of its columns a tile. Four columns of 16 rows are a block: what
+// two steps of a product want side by side, so nothing is transposed, and a stripe's 64 outputs are summed in four
+// registers while memory is read from front to back. A tile has four times the four blocks of its next four columns, of
+// each weight a byte, mantissa << 1 | sign, and behind all of these the 3 bits of each one's code: codes 1 .. 7 are the
+// exponents base + 1 .. base + 7, where base is the row's own; code 0 says that the exponent is the next byte of the
+// stripe's escapes.
 #pragma once
 #include "packed.h"
 
 namespace {
 
-constexpr int N_TIGHT = 7;  // exponents that have a code
+constexpr int N_TIGHT = 7;           // exponents that have a code
+constexpr int64_t REGISTER = 16;     // outputs
+constexpr int64_t N_REGISTERS = 4;   // of a stripe: one would wait for its own last sum
+constexpr int64_t STRIPE = N_REGISTERS * REGISTER;
+constexpr int64_t TILE_COLUMNS = 16;
+constexpr int64_t N_BLOCKS = STRIPE * TILE_COLUMNS / BLOCK;  // of a tile
 constexpr int64_t CODE_BYTES = BLOCK * 3 / 8;
+constexpr int64_t TILE_BYTES = N_BLOCKS * (BLOCK + CODE_BYTES);
 
-struct Tight {  // how a matrix is kept
-  const uint8_t *rows;  // [n, stride], and 8 bytes more
-  int64_t stride, E;
-  const uint8_t *base;     // [n], none 0
-  const int32_t *start;    // [n + 1] where a row's escapes begin
+struct Tight {  // how a matrix [n, E] is kept
+  const uint8_t *tiles;  // [stripes, E / 16, TILE_BYTES], and 8 bytes more
+  int64_t n, E;
+  const uint8_t *base;     // [stripes * 64]
+  const int32_t *start;    // [stripes + 1] where a stripe's escapes begin
   const uint8_t *escapes;  // and 64 bytes more
 };
 
-// Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
-INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
+// Where weight p of a block lies: two columns of 16 rows, then the next two, and of every 8 rows' in turn, so that
+// interleaving with the exponents puts them in order.
+INLINE int64_t row_of(int64_t p) { return p / 16 * 4 + p % 8 / 2; }
+INLINE int64_t column_of(int64_t p) { return p % 16 / 8 * 2 + p % 2; }
 
 }  // namespace
 
@@ -32,33 +43,47 @@ INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
 
 namespace {
 
-// Where the decoding of a row is. Blocks are taken in order: each begins where the escapes of the last one ended.
-struct TightRow {
-  const uint8_t *row, *escape;
-  __m512i table;  // exponent by code, 0 for code 7
+// Where the decoding of a stripe is. Blocks are taken in order: each begins where the escapes of the last one ended.
+struct Stripe {
+  const uint8_t *tile, *escape;
+  __m512i base[N_REGISTERS];  // of each weight of a block
 };
 
-INLINE TightRow tight_row(const Tight &m, int64_t i) {
-  const __m512i codes = _mm512_set1_epi64(0x0706050403020100), base = _mm512_set1_epi8(static_cast<char>(m.base[i]));
-  const __m512i table = _mm512_maskz_add_epi8(0x7f7f7f7f7f7f7f7f, codes, base);
-  return {m.rows + i * m.stride, m.escapes + m.start[i], table};
+INLINE Stripe stripe_at(const Tight &m, int64_t s) {
+  const __m512i which = _mm512_set_epi64(  // row_of
+      0x0f0f0e0e0d0d0c0c, 0x0f0f0e0e0d0d0c0c, 0x0b0b0a0a09090808, 0x0b0b0a0a09090808, 0x0707060605050404,
+      0x0707060605050404, 0x0303020201010000, 0x0303020201010000);
+  Stripe out{m.tiles + s * (m.E / TILE_COLUMNS) * TILE_BYTES, m.escapes + m.start[s], {}};
+  for (int64_t r = 0; r < N_REGISTERS; r++) {
+    const uint8_t *from = m.base + s * STRIPE + r * REGISTER;
+    const __m512i bases = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    out.base[r] = _mm512_shuffle_epi8(bases, which);
+  }
+  return out;
 }
 
-// The next 64 weights as bfloat16 in 16-byte lanes: `first` has the first 8 of every 16, `second` the others. They begin
-// at weight j, their codes at byte `code` of the row.
-INLINE void decode_lanes(TightRow *r, int64_t j, int64_t code, __m512i *first, __m512i *second) {
+// The codes of block b of the tile, and bits above them.
+INLINE __m512i codes_of(const uint8_t *tile, int64_t b) {
   const __m512i place = _mm512_set_epi64(  // three bytes of codes for every eight weights
       0x171615, 0x141312, 0x11100f, 0x0e0d0c, 0x0b0a09, 0x080706, 0x050403, 0x020100);
   const __m512i shift = _mm512_set1_epi64(0x15120f0c09060300);
-  const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(r->row + code)));
-  const __m512i codes = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(place, packed));
-  const __m512i known = _mm512_permutexvar_epi8(codes, r->table);
-  const __mmask64 escaped = _mm512_testn_epi8_mask(known, known);
-  const __m512i exponent = _mm512_mask_expand_epi8(known, escaped, _mm512_loadu_si512(r->escape));
-  const __m512i low = _mm512_loadu_si512(r->row + j);
-  const __m512i a = _mm512_unpacklo_epi8(low, exponent), b = _mm512_unpackhi_epi8(low, exponent);
-  *first = _mm512_shrdi_epi16(a, a, 1), *second = _mm512_shrdi_epi16(b, b, 1);  // the sign goes from the end to the front
-  r->escape += __builtin_popcountll(escaped);
+  const uint8_t *at = tile + N_BLOCKS * BLOCK + b * CODE_BYTES;
+  const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(at)));
+  return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(place, packed));
+}
+
+INLINE __mmask64 escaped_of(__m512i codes) { return _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(N_TIGHT)); }
+
+// Block b of the tile: `first` has two columns of 16 rows, `second` the next two.
+INLINE void decode_block(Stripe *s, int64_t b, __m512i *first, __m512i *second) {
+  const __m512i codes = codes_of(s->tile, b), some = _mm512_and_si512(codes, _mm512_set1_epi8(N_TIGHT));
+  const __m512i known = _mm512_add_epi8(some, s->base[b % N_REGISTERS]);
+  const __mmask64 escaped = escaped_of(codes);
+  const __m512i exponent = _mm512_mask_expand_epi8(known, escaped, _mm512_loadu_si512(s->escape));
+  const __m512i low = _mm512_loadu_si512(s->tile + b * BLOCK);
+  const __m512i l = _mm512_unpacklo_epi8(low, exponent), h = _mm512_unpackhi_epi8(low, exponent);
+  *first = _mm512_shrdi_epi16(l, l, 1), *second = _mm512_shrdi_epi16(h, h, 1);  // the sign goes from the end to the front
+  s->escape += __builtin_popcountll(escaped);
 }
 
 // Whether this CPU has the instructions.

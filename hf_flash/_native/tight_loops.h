@@ -1,5 +1,5 @@
-// Rows in 11.2 bits times a few inputs; tight.cpp includes it twice. With PAIRS inputs are bfloat16 in the order in which
-// weights are decoded (laned), and two products at a time are added to a float32; without, float32, shuffled.
+// Stripes of a tight matrix times a few inputs; tight.cpp includes it twice. With PAIRS inputs are bfloat16, two products
+// at a time are added to a float32, and sums are torch's (ordered.cpp says how); without, inputs are float32.
 
 #ifdef PAIRS
 using Input = uint16_t;
@@ -7,61 +7,57 @@ using Input = uint16_t;
 using Input = float;
 #endif
 
-// out[t, i .. i + ROWS] = rows times x[t] for T tokens; the rows after them are fetched meanwhile.
-template <int ROWS, int T>
-INLINE void dots(const Tight &m, int64_t i, int64_t ahead, const Input *x, int64_t n, float *out) {
-  TightRow row[ROWS];
-  __m512 sums[T][ROWS][2];
-  for (int r = 0; r < ROWS; r++) row[r] = tight_row(m, i + r);
-  for (int t = 0; t < T; t++)
-    for (int r = 0; r < ROWS; r++) sums[t][r][0] = sums[t][r][1] = _mm512_setzero_ps();
-#ifndef PAIRS
-  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-#endif
-  for (int64_t j = 0, code = m.E; j < m.E; j += BLOCK, code += CODE_BYTES, x += BLOCK) {
-    for (int r = 0; r < ROWS; r++) {
-      __m512i a, b;
-      fetch(row[r].row + ahead + j);
-      fetch(row[r].row + ahead + code);
-      decode_lanes(row + r, j, code, &a, &b);
+constexpr int64_t SOON = 4 * TILE_BYTES;  // what lies as far ahead is fetched
+
+// Adds two columns of 16 rows, times two entries of x.
+INLINE void add(__m512i weights, const Input *x, __m512 *sum) {
 #ifdef PAIRS
-      for (int t = 0; t < T; t++) {
-        const __m512i *at = reinterpret_cast<const __m512i *>(x + t * m.E);
-        sums[t][r][0] = _mm512_dpbf16_ps(sums[t][r][0], (__m512bh)a, (__m512bh)_mm512_load_si512(at));
-        sums[t][r][1] = _mm512_dpbf16_ps(sums[t][r][1], (__m512bh)b, (__m512bh)_mm512_load_si512(at + 1));
-      }
+  int32_t both;
+  std::memcpy(&both, x, 4);
+  *sum = _mm512_dpbf16_ps(*sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(both));
 #else
-      const __m512 w[4] = {(__m512)_mm512_slli_epi32(a, 16), (__m512)_mm512_and_si512(a, odd),
-                           (__m512)_mm512_slli_epi32(b, 16), (__m512)_mm512_and_si512(b, odd)};
-      for (int t = 0; t < T; t++)
-        for (int v = 0; v < 4; v++)
-          sums[t][r][v % 2] = _mm512_fmadd_ps(w[v], _mm512_load_ps(x + t * m.E + 16 * v), sums[t][r][v % 2]);
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  *sum = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(weights, 16), _mm512_set1_ps(x[0]), *sum);
+  *sum = _mm512_fmadd_ps((__m512)_mm512_and_si512(weights, odd), _mm512_set1_ps(x[1]), *sum);
 #endif
+}
+
+// put(t, i, sums of rows i .. i + 16) for the rows of stripe s and T tokens.
+template <int T, class Put> INLINE void stripe_products(const Tight &m, int64_t s, const Input *x, Put put) {
+  Stripe stripe = stripe_at(m, s);
+  __m512 total[T][N_REGISTERS], chain[T][N_REGISTERS];
+  for (int t = 0; t < T; t++)
+    for (int r = 0; r < N_REGISTERS; r++) total[t][r] = chain[t][r] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < m.E; j += TILE_COLUMNS, stripe.tile += TILE_BYTES) {
+    if (j && j % CHAIN == 0)
+      for (int t = 0; t < T; t++)
+        for (int r = 0; r < N_REGISTERS; r++)
+          total[t][r] = _mm512_add_ps(total[t][r], chain[t][r]), chain[t][r] = _mm512_setzero_ps();
+    for (int64_t line = 0; line < TILE_BYTES; line += 64) __builtin_prefetch(stripe.tile + SOON + line);
+    for (int64_t c = 0; c < TILE_COLUMNS; c += 4) {
+      for (int r = 0; r < N_REGISTERS; r++) {
+        __m512i first, second;
+        decode_block(&stripe, c + r, &first, &second);
+        for (int t = 0; t < T; t++) add(first, x + t * m.E + j + c, chain[t] + r);
+        for (int t = 0; t < T; t++) add(second, x + t * m.E + j + c + 2, chain[t] + r);
+      }
     }
   }
   for (int t = 0; t < T; t++)
-    for (int r = 0; r < ROWS; r++) out[t * n + i + r] = _mm512_reduce_add_ps(_mm512_add_ps(sums[t][r][0], sums[t][r][1]));
+    for (int r = 0; r < N_REGISTERS; r++)
+      if (s * STRIPE + r * REGISTER < m.n) put(t, s * STRIPE + r * REGISTER, _mm512_add_ps(total[t][r], chain[t][r]));
 }
 
-// The same for rows begin .. end and some tokens; returns how many of T it took.
-template <int ROWS, int TOKENS>
-int64_t take(const Tight &m, int64_t begin, int64_t end, const Input *x, int64_t T, int64_t n, float *out) {
-  if (T < TOKENS) return 0;
-  int64_t i = begin;
-  for (; i + ROWS <= end; i += ROWS)
-    dots<ROWS, TOKENS>(m, i, ROWS * m.stride, x, n, out);
-  for (; i < end; i++) dots<1, TOKENS>(m, i, 0, x, n, out);
-  return TOKENS;
-}
-
-// out[t, i] = row i . x[t] for rows begin .. end.
-inline void matvec(const Tight &m, int64_t begin, int64_t end, const Input *x, int64_t T, int64_t n, float *out) {
+// The same for stripes begin .. end and all of T tokens.
+template <class Put> void products(const Tight &m, int64_t begin, int64_t end, const Input *x, int64_t T, Put put) {
   for (int64_t t = 0; t < T;) {
-    const Input *from = x + t * m.E;
-    float *to = out + t * n;
-    int64_t taken = take<2, 4>(m, begin, end, from, T - t, n, to);
-    if (!taken) taken = take<2, 2>(m, begin, end, from, T - t, n, to);
-    if (!taken) taken = take<4, 1>(m, begin, end, from, T - t, n, to);
+    const auto put_at = [&](int64_t k, int64_t i, __m512 sums) { put(t + k, i, sums); };
+    const int64_t taken = T - t >= 4 ? 4 : T - t >= 2 ? 2 : 1;
+    for (int64_t s = begin; s < end; s++) {
+      if (taken == 4) stripe_products<4>(m, s, x + t * m.E, put_at);
+      else if (taken == 2) stripe_products<2>(m, s, x + t * m.E, put_at);
+      else stripe_products<1>(m, s, x + t * m.E, put_at);
+    }
     t += taken;
   }
 }
