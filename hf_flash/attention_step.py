@@ -206,7 +206,7 @@ class AttentionStep:
             return self._stock(hidden_states, *args, **kwargs)
         layer, where = begun
         out = torch.empty_like(hidden_states)
-        self._run(self.address, hidden_states.data_ptr(), *where, out.data_ptr())
+        self._run(self.address, hidden_states.data_ptr(), *where, out.data_ptr(), None, None)
         if not self.is_proven:
             return self._prove(layer, out, hidden_states, kwargs)
         layer.took_row()

@@ -82,7 +82,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_attend.restype = None
     lib.hf_flash_attend.argtypes = [_P, _P, _P, *[_I] * 13, _F, _P]
     lib.hf_flash_attention_step.restype = None
-    lib.hf_flash_attention_step.argtypes = [*[_P] * 6, _I, _I, *[_P] * 5]
+    lib.hf_flash_attention_step.argtypes = [*[_P] * 6, _I, _I, *[_P] * 7]
     lib.hf_flash_attention_step_bytes.restype = _I
     lib.hf_flash_attention_step_bytes.argtypes = []
     lib.hf_flash_sparse_ffn.restype = _I
@@ -102,7 +102,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_norm.restype = None
     lib.hf_flash_norm.argtypes = [_P, _I, _P, _P, _F, _P]
     lib.hf_flash_step.restype = _N
-    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N, _P, _P]
+    lib.hf_flash_step.argtypes = [_P, _P, _I, _N, _P, _N, _P, _P, _P]
     lib.hf_flash_step_bytes.restype = _I
     lib.hf_flash_step_bytes.argtypes = []
     lib.hf_flash_step_land.restype = _N

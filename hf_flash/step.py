@@ -146,7 +146,7 @@ class NativeStep:
         y = torch.empty_like(x) if self._is_square else x.new_empty(*x.shape[:-1], s.d_out)
         begun = 0.0 if trace.active is None else time.perf_counter()
         n_tokens = x.numel() // self._d
-        result = self._step(self._address, x.data_ptr(), n_tokens, self._code, y.data_ptr(), looks, None, None)
+        result = self._step(self._address, x.data_ptr(), n_tokens, self._code, y.data_ptr(), looks, None, None, None)
         if result:
             self.ended(result)
             return None

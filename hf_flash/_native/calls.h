@@ -34,11 +34,14 @@ void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, in
                      int64_t B, int64_t H, int64_t group, int64_t n, int64_t D, float scale, uint16_t *out);
 void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t *cos, const uint16_t *sin,
                              uint16_t *keys, uint16_t *values, int64_t kv_head, int64_t n, const uint16_t *q_bias,
-                             const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out);
+                             const uint16_t *k_bias, const uint16_t *v_bias, const uint16_t *o_bias, uint16_t *out,
+                             void (*first)(void *), void *who);
 void hf_flash_attention_looks_at(const AttentionStep *s, Ahead *out);
 void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const uint16_t *bias, float eps, uint16_t *out);
 int hf_flash_layers(LayerCall **at);
-int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead);
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead,
+                  int64_t *guessed);
+void hf_flash_step_read_ahead(Step *s, int64_t n);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *tiles, int64_t n, int64_t E, const uint8_t *base, const int32_t *start,
                            const uint8_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out);

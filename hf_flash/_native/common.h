@@ -26,6 +26,16 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+// What the calling thread does before it helps.
+struct First {
+  void (*call)(void *) = nullptr;
+  void *who = nullptr;
+
+  void operator()() const {
+    if (call) call(who);
+  }
+};
+
 namespace {
 
 // Ask for memory that is needed soon, in the L2 cache: on its way to the L1 it would hold one of that cache's few places
@@ -183,6 +193,26 @@ template <class F> void in_blocks(int threads, int64_t n, int64_t block, F work)
   std::atomic<int64_t> next{0};
   in_parallel(threads, [&](int) {
     for (int64_t begin; (begin = next.fetch_add(block)) < n;) work(begin, begin + block < n ? begin + block : n);
+  });
+}
+
+// work(i) for n items: each thread takes its own share, from the front, and then of the others' what is left.
+template <class F> void in_shares(int threads, int64_t n, First first, F work) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; i++) {
+    Share &share = shares[static_cast<size_t>(i)];
+    share.next = n * i / threads, share.end = n * (i + 1) / threads;
+  }
+  in_parallel(threads, [&](int me) {
+    if (me == 0) first();
+    for (int i = 0; i < threads; i++) {
+      Share &share = shares[static_cast<size_t>((me + i) % threads)];
+      for (int64_t k; (k = share.next.fetch_add(1)) < share.end;) work(k);
+    }
   });
 }
 

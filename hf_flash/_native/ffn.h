@@ -14,16 +14,6 @@ struct Ffn {
   int64_t n;
 };
 
-// What the calling thread does before it helps to sum.
-struct First {
-  void (*call)(void *) = nullptr;
-  void *who = nullptr;
-
-  void operator()() const {
-    if (call) call(who);
-  }
-};
-
 // out [T, d_out] float32 += the FFN; returns how many neurons fired for any token. `dtype`: of the rows, which are packed
 // (packed.h) for the second.
 int64_t sparse_ffn(const Ffn &f, int dtype, First first, float *out);

@@ -413,7 +413,9 @@ int64_t hf_flash_step_bytes() { return sizeof(Step); }
 //
 // `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too. `signalled`, or
 // null: is set where a signal came while this waited; its handler has to run. `ahead`, or null: what is looked at after it.
-int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead) {
+// `guessed`: <- how many neurons of the layer behind were, for hf_flash_step_read_ahead; or null, then this reads them.
+int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead,
+                  int64_t *guessed) {
   const double begun = now();
   s->state[CLOCK] += T;
   Meanwhile meanwhile(s);
@@ -431,8 +433,12 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   std::sort(coming.begin(), coming.end());
   sort_out(s, coming);
   const int64_t n_guessed = looks && s->next && T == 1 ? guess(s, x32.data(), dtype) : 0;
-  return compute_and_wait(s, x32, T, dtype, n_guessed, ahead, y, signalled);
+  if (guessed) *guessed = n_guessed;
+  return compute_and_wait(s, x32, T, dtype, guessed ? 0 : n_guessed, ahead, y, signalled);
 }
+
+// Start reading the n neurons of this layer that were guessed by the step just before.
+void hf_flash_step_read_ahead(Step *s, int64_t n) { read_ahead(s, n); }
 
 // Wait for what was read early. Returns as hf_flash_step does.
 int hf_flash_step_land(Step *s) { return land_early(s); }

@@ -115,26 +115,48 @@ namespace pairs {
 #include "tight_loops.h"
 #undef PAIRS
 
-// out [T, n] = x [T, E] times the rows, and the bias [n] or null, all bfloat16 and rounded as torch does.
-void linear(const Tight &m, const uint16_t *x, const uint16_t *bias, int64_t T, uint16_t *out) {
-  const int64_t n_stripes = stripes_of(m.n);
-  const int threads = m.n * m.E < 65536 * max_threads() ? 1 : max_threads();
-  in_parallel(threads, [&](int me) {
-    products(m, n_stripes * me / threads, n_stripes * (me + 1) / threads, x, T, [&](int64_t t, int64_t i, __m512 sum) {
-      const __mmask16 mine = outputs(m, i);
-      if (bias) {
-        const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + i));
-        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
-      }
-      _mm256_mask_storeu_epi16(out + t * m.n + i, mine, (__m256i)_mm512_cvtneps_pbh(sum));
-    });
+// Rows of stripe s times x [T, E], and the bias [n] or null, to out [T, n]: all bfloat16, rounded as torch does.
+void linear(const Tight &m, int64_t s, const uint16_t *x, const uint16_t *bias, int64_t T, uint16_t *out) {
+  products(m, s, s + 1, x, T, [&](int64_t t, int64_t i, __m512 sum) {
+    const __mmask16 mine = outputs(m, i);
+    if (bias) {
+      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + i));
+      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+    }
+    _mm256_mask_storeu_epi16(out + t * m.n + i, mine, (__m256i)_mm512_cvtneps_pbh(sum));
   });
 }
 
 }  // namespace pairs
 }  // namespace
 #pragma GCC pop_options
+
+namespace {
+
+void all_pairs(const TightProduct *products, int64_t n, const uint16_t *x, int64_t T, First first) {
+  int64_t n_stripes = 0, n_weights = 0;
+  for (int64_t k = 0; k < n; k++)
+    n_stripes += stripes_of(products[k].matrix->n), n_weights += products[k].matrix->n * products[k].matrix->E;
+  in_shares(n_weights < 65536 * max_threads() ? 1 : max_threads(), n_stripes, first, [&](int64_t s) {
+    const TightProduct *p = products;
+    for (; s >= stripes_of(p->matrix->n); p++) s -= stripes_of(p->matrix->n);
+    pairs::linear(*p->matrix, s, x, p->bias, T, p->out);
+  });
+}
+
+}  // namespace
 #endif
+
+void tight_products(const TightProduct *products, int64_t n, const uint16_t *x, First first) {
+#ifdef TIGHT
+  if (can_pairs()) return all_pairs(products, n, x, 1, first);
+#endif
+  first();
+  for (int64_t k = 0; k < n; k++) {
+    const Tight &m = *products[k].matrix;
+    hf_flash_tight_linear(m.tiles, m.n, m.E, m.base, m.start, m.escapes, x, products[k].bias, 1, BF16, products[k].out);
+  }
+}
 
 extern "C" {
 
@@ -206,8 +228,8 @@ void hf_flash_tight_linear(const uint8_t *tiles, int64_t n, int64_t E, const uin
 #ifdef TIGHT
   const Tight m{tiles, n, E, base, start, escapes};
   if (dtype == BF16 && can_pairs()) {
-    const uint16_t *added = static_cast<const uint16_t *>(bias);
-    return pairs::linear(m, static_cast<const uint16_t *>(x), added, T, static_cast<uint16_t *>(out));
+    const TightProduct one{&m, static_cast<const uint16_t *>(bias), static_cast<uint16_t *>(out)};
+    return all_pairs(&one, 1, static_cast<const uint16_t *>(x), T, First());
   }
   const std::vector<float> inputs = to_float(x, T * E, dtype);
   linear(n, E, T, bias, dtype, out, [&](int64_t begin, int64_t end, float *sums) {

@@ -9,6 +9,23 @@
 #pragma once
 #include "packed.h"
 
+struct Tight {  // how a matrix [n, E] is kept; attention_step.py has the same fields
+  const uint8_t *tiles;  // [stripes, E / 16, TILE_BYTES], and 8 bytes more
+  int64_t n, E;
+  const uint8_t *base;     // [stripes * 64]
+  const int32_t *start;    // [stripes + 1] where a stripe's escapes begin
+  const uint8_t *escapes;  // and 64 bytes more
+};
+
+struct TightProduct {
+  const Tight *matrix;
+  const uint16_t *bias;  // [n], or null
+  uint16_t *out;         // [n]
+};
+
+// One token x [E], bfloat16, times each of some matrices, all at once.
+void tight_products(const TightProduct *products, int64_t n, const uint16_t *x, First first);
+
 namespace {
 
 constexpr int N_TIGHT = 7;           // exponents that have a code
@@ -19,14 +36,6 @@ constexpr int64_t TILE_COLUMNS = 16;
 constexpr int64_t N_BLOCKS = STRIPE * TILE_COLUMNS / BLOCK;  // of a tile
 constexpr int64_t CODE_BYTES = BLOCK * 3 / 8;
 constexpr int64_t TILE_BYTES = N_BLOCKS * (BLOCK + CODE_BYTES);
-
-struct Tight {  // how a matrix [n, E] is kept
-  const uint8_t *tiles;  // [stripes, E / 16, TILE_BYTES], and 8 bytes more
-  int64_t n, E;
-  const uint8_t *base;     // [stripes * 64]
-  const int32_t *start;    // [stripes + 1] where a stripe's escapes begin
-  const uint8_t *escapes;  // and 64 bytes more
-};
 
 // Where weight p of a block lies: two columns of 16 rows, then the next two, and of every 8 rows' in turn, so that
 // interleaving with the exponents puts them in order.
