@@ -404,7 +404,7 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
     return_large_blocks()
     keep_few_kernels()
     config, stats = runtime.config, runtime.stats
-    reader = open_reader(n_threads=config.n_threads)
+    reader = open_reader(n_threads=config.n_threads, prompt=runtime.plan.parts["stream"] > 0)
     apart = "bundling" in config.without
     n_matrices = 3 if any(block.gate is not None for block in runtime.blocks) else 2
     runtime.store = store = FlashStore(runtime.files, UnbundledReader(reader, n_matrices) if apart else reader)

@@ -136,7 +136,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_tight_linear.restype = None
     lib.hf_flash_tight_linear.argtypes = [_P, _I, _I, _P, _P, _P, _P, _P, _I, _N, _P]
     lib.hf_flash_ring_open.restype = _P
-    lib.hf_flash_ring_open.argtypes = [ctypes.c_uint]
+    lib.hf_flash_ring_open.argtypes = [ctypes.c_uint, _N]
     lib.hf_flash_ring_close.restype = None
     lib.hf_flash_ring_close.argtypes = [_P]
     lib.hf_flash_ring_submit.restype = _P

@@ -19,12 +19,13 @@ NAMES = ("auto", "uring", "threads")
 logger = logging.get_logger(__name__)
 
 
-def open_reader(name: str | None = None, n_threads: int = 8) -> Reader:
+def open_reader(name: str | None = None, n_threads: int = 8, prompt: bool = True) -> Reader:
     """Open a reader.
 
     Args:
         name: "uring", "threads", or "auto" (io_uring where it can be had); default: HF_FLASH_READER, else "auto".
         n_threads: reads in flight of a pool of threads.
+        prompt: as of UringReader.
 
     Raises:
         FlashConfigError: no such reader, or "uring" was asked for and cannot be had.
@@ -34,7 +35,7 @@ def open_reader(name: str | None = None, n_threads: int = 8) -> Reader:
         raise FlashConfigError(f"{name!r} is no reader. Set {READER_VARIABLE} to one of {', '.join(NAMES)}.")
     if name != "threads":
         try:
-            return UringReader(n_threads)
+            return UringReader(n_threads, prompt=prompt)
         except OSError as error:
             if name == "uring":
                 raise FlashConfigError(f"io_uring cannot be had ({error}). Use {READER_VARIABLE}=threads.") from error

@@ -35,6 +35,8 @@ class UringReader(ThreadReader):
     Args:
         n_threads: of the pool that serves what the ring cannot.
         depth: reads in flight.
+        prompt: whether reads are known to have landed at once, whatever the thread that submitted them does. Costs that
+            thread an interrupt for each; where it waits for them itself, as sparse steps do, there is no need.
 
     Attributes:
         ring: the native ring, None once it is closed.
@@ -46,11 +48,11 @@ class UringReader(ThreadReader):
     part_bytes = 4 << 20  # the kernel cuts it up; one submission is enough
     is_forked = False
 
-    def __init__(self, n_threads: int = 8, depth: int = DEPTH) -> None:
+    def __init__(self, n_threads: int = 8, depth: int = DEPTH, prompt: bool = True) -> None:
         lib = native.library()
         if lib is None:
             raise OSError(errno.ENOSYS, "the native extension is not built")
-        self.ring: int | None = lib.hf_flash_ring_open(depth)
+        self.ring: int | None = lib.hf_flash_ring_open(depth, prompt)
         if not self.ring:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         self._lib = lib
