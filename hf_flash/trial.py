@@ -1,7 +1,8 @@
 """Whether what is done early pays: tried while tokens are made, decided by their time, and tried again later.
 
-A second look at a gate costs arithmetic and buys waiting, and whether it pays depends on the disk. So some tokens are
-made without it and some with it (few, if these are slower), and the faster way is kept.
+A second look at a gate costs arithmetic and buys waiting, and whether it pays depends on the disk. So a conversation
+begins with it, then some tokens are made without it and some with it (few, if these are slower), and the faster way is
+kept.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-WARM_TOKENS, TRIED_TOKENS, FEW_TOKENS, AGAIN_TOKENS = 24, 12, 4, 2048
-PAYS = 0.95  # of a token's time without, at most, is worth it: the times of tokens differ by more than a tenth
+WARM_TOKENS, TRIED_TOKENS, FEW_TOKENS, AGAIN_TOKENS = 8, 12, 6, 2048
+HOPELESS = 1.05  # times as long as a token without, after few of them: the times of tokens differ by a tenth
 
 
 class Trial:
@@ -27,7 +28,7 @@ class Trial:
     """
 
     def __init__(self) -> None:
-        self.on, self._n_tokens, self._decided = False, 0, False
+        self.on, self._n_tokens, self._decided = True, 0, False
         self._last: float | None = None
         self._off_s = 0.0  # of the last token without
         self._ratios: list[float] = []  # of each token with it to the one before, which was without
@@ -48,7 +49,7 @@ class Trial:
             return
         elif len(self._ratios) >= TRIED_TOKENS or self._hopeless():
             ratio = statistics.median(self._ratios)
-            self.on, self._decided = ratio < PAYS, True
+            self.on, self._decided = ratio < 1, True
             word = "on" if self.on else "off"
             logger.info(f"hf_flash: early gate {word}: a token with it takes {ratio:.2f} times as long as one without.")
         else:
@@ -56,7 +57,7 @@ class Trial:
 
     def _hopeless(self) -> bool:
         """Whether a few tokens with it have told enough."""
-        return len(self._ratios) >= FEW_TOKENS and statistics.median(self._ratios) > 1
+        return len(self._ratios) >= FEW_TOKENS and statistics.median(self._ratios) > HOPELESS
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Trial:
         return self

@@ -28,6 +28,12 @@ struct Step;
 struct Stream;
 struct Sum;
 
+// What a step leaves to be done while others compute: step.cpp.
+struct Chores {
+  Step *step = nullptr;  // null: nothing
+  int64_t n_guessed = 0, n_taken = 0;
+};
+
 extern "C" {
 void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t q_batch, int64_t q_head,
                      int64_t k_batch, int64_t k_head, int64_t k_token, int64_t v_batch, int64_t v_head, int64_t v_token,
@@ -40,8 +46,8 @@ void hf_flash_attention_looks_at(const AttentionStep *s, Ahead *out);
 void hf_flash_norm(const uint16_t *x, int64_t d, const uint16_t *weight, const uint16_t *bias, float eps, uint16_t *out);
 int hf_flash_layers(LayerCall **at);
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead,
-                  int64_t *guessed);
-void hf_flash_step_read_ahead(Step *s, int64_t n);
+                  Chores *later);
+void hf_flash_chores(const Chores *chores);
 int hf_flash_stream_sum(Stream *s, Sum *f, const void *x, void *out);
 void hf_flash_tight_linear(const uint8_t *tiles, int64_t n, int64_t E, const uint8_t *base, const int32_t *start,
                            const uint8_t *escapes, const void *x, const void *bias, int64_t T, int dtype, void *out);

@@ -37,30 +37,24 @@ void add(uint16_t *y, const uint16_t *x, const uint16_t *more, int64_t d) {
   for (int64_t i = 0; i < d; i++) y[i] = bits_bf16(round_bf16(from_bf16(x[i]) + from_bf16(more[i])));
 }
 
-// What the layer's FFN was guessed to want, read while its attention begins.
-struct Guessed {
-  Step *step;
-  int64_t n;
-};
-
-void attend(LayerCall *c, int64_t n_guessed) {
-  Guessed guessed{c->step, n_guessed};
-  const auto read = [](void *who) { hf_flash_step_read_ahead(static_cast<Guessed *>(who)->step, static_cast<Guessed *>(who)->n); };
+// `meanwhile`: what the step before left to be done.
+void attend(LayerCall *c, Chores *meanwhile) {
+  const auto first = [](void *who) { hf_flash_chores(static_cast<Chores *>(who)); };
   const LayerStep *s = c->layer;
   hf_flash_norm(c->x, s->d, c->first_weight, c->first_bias, s->first_eps, c->z);
   hf_flash_attention_step(s->attention, c->z, c->cos, c->sin, c->keys, c->values, c->kv_head, c->n, c->q_bias, c->k_bias,
-                          c->v_bias, c->o_bias, c->y, n_guessed ? +read : nullptr, &guessed);
+                          c->v_bias, c->o_bias, c->y, meanwhile->step ? +first : nullptr, meanwhile);
   add(c->y, c->x, c->y, s->d);
   hf_flash_norm(c->y, s->d, c->second_weight, c->second_bias, s->second_eps, c->z);
 }
 
-int ffn(LayerCall *c, bool *signalled, int64_t *guessed) {
+int ffn(LayerCall *c, bool *signalled, Chores *later) {
   if (c->step) {
     Ahead ahead;
     if (c->next) hf_flash_attention_looks_at(c->next->layer->attention, &ahead);
     const bool goes_on = c->next && c->next->done == NOTHING;
     return hf_flash_step(c->step, c->z, 1, BF16, c->out, static_cast<int>(c->looks), signalled, &ahead,
-                         goes_on ? guessed : nullptr);
+                         goes_on ? later : nullptr);
   }
   const bool goes_on = c->done == SUMMING;
   c->done = SUMMING;
@@ -78,18 +72,21 @@ void hf_flash_layer_bytes(int64_t *out) { out[0] = sizeof(LayerStep), out[1] = s
 // again; else what its FFN returned, and the layer is ATTENDED.
 int hf_flash_layers(LayerCall **at) {
   bool signalled = false;
-  int64_t guessed = 0;  // of the layer whose turn it is; forgotten where a signal comes first
+  Chores chores;
   for (LayerCall *c = *at; c; c = c->next) {
     *at = c;
-    if (signalled) return SIGNAL;
+    if (signalled) {
+      if (chores.step) hf_flash_chores(&chores);
+      return SIGNAL;
+    }
     if (c->done == NOTHING) {
       c->begun = now();
-      attend(c, guessed);
+      attend(c, &chores);
       c->attended = now(), c->done = ATTENDED;
     }
+    chores = Chores();
     if (!c->step && !c->sum) break;
-    guessed = 0;
-    const int result = ffn(c, &signalled, &guessed);
+    const int result = ffn(c, &signalled, &chores);
     if (result == SIGNAL) return SIGNAL;
     if (result) return c->done = ATTENDED, result;
     c->fed = now();

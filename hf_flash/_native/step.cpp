@@ -107,7 +107,8 @@ void load_meanwhile(Step *s, const Ahead &ahead) {
 }
 
 constexpr int64_t SAMPLE = 256;  // neurons by which `nearest` is chosen
-constexpr double NEAREST = 0.25;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
+constexpr double NEAREST = 0.15;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
+constexpr float GUESSED = 0.5;     // how much of its bound a score is given for a guess: what is as near as that is read
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s, bool *signalled = nullptr) {
@@ -176,12 +177,14 @@ std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t>
 
 // Look whose slots the step at a time may take: as many as the last one and the guess before it took, and some to choose
 // from.
-void set_aside(Step *s, int64_t time) {
-  const int64_t taken = s->n_read + s->n_early, n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
+void set_aside(Step *s, int64_t time, int64_t taken) {
+  const int64_t n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
   const std::vector<int64_t> found = n > 0 ? victims(s, time, n) : std::vector<int64_t>();
   std::copy(found.begin(), found.end(), s->spare);
   s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
 }
+
+constexpr size_t FEW = 8;  // reads for which alone, while others are under way, the kernel is not called
 
 // What a scan finds is read while it goes on. A slot is given away only if its neuron is known not to be wanted; what
 // finds no such slot waits for the end of the scan.
@@ -192,7 +195,7 @@ struct Meanwhile {
   double spent = 0;
 
   explicit Meanwhile(Step *step) : s(step) {
-    if (s->spare_time != s->state[CLOCK]) set_aside(s, s->state[CLOCK]);
+    if (s->spare_time != s->state[CLOCK]) set_aside(s, s->state[CLOCK], s->n_read + s->n_early);
     s->n_read = s->n_bytes = s->n_reads = s->n_early_right = 0;
   }
 
@@ -214,6 +217,11 @@ struct Meanwhile {
       if (s->slot_of[neuron] < 0) missing.push_back(neuron);
       s->last[neuron] = s->state[CLOCK];
     }
+    if (missing.size() >= FEW || !(s->batch || s->early)) read(end);
+    spent += now() - begun;
+  }
+
+  void read(int64_t end) {
     std::vector<int64_t> slots;
     for (int64_t to; slots.size() < missing.size() && (to = slot(end)) >= 0;) slots.push_back(to);
     const auto upto = missing.begin() + static_cast<int64_t>(slots.size());
@@ -221,7 +229,6 @@ struct Meanwhile {
     coming.insert(coming.end(), missing.begin(), upto);
     missing.erase(missing.begin(), upto);
     s->n_read += static_cast<int64_t>(slots.size());
-    spent += now() - begun;
   }
 };
 
@@ -308,10 +315,11 @@ int64_t nearest(Step *s) {
 
 int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const int32_t *list, int64_t n, Found found,
              void *arg) {
+  const float share = list ? GUESSED * GUESSED : 1.0f;  // of a bound's square
   const float *a = s->arithmetic[dtype];
   return hf_flash_gate(x, T, s->d, n, s->nibbles, s->planes[0], s->planes[1], s->planes[2], s->planes[3], s->step, s->norm,
-                       s->offset, s->gated ? s->gate_bias : s->up_bias, static_cast<int>(s->bits), s->tail, a[0], a[1], a[2],
-                       a[3], s->bar, s->least, s->most, ids, s->marks, s->upper_tail, list ? nullptr : s->near, list, found,
+                       s->offset, s->gated ? s->gate_bias : s->up_bias, static_cast<int>(s->bits), s->tail * share, a[0], a[1], a[2],
+                       a[3], s->bar, s->least, s->most, ids, s->marks, s->upper_tail * share, list ? nullptr : s->near, list, found,
                        arg);
 }
 
@@ -334,7 +342,7 @@ int64_t guess(Step *s, const float *x, int dtype) {
 // guess costs a read and a slot.
 void read_ahead(Step *s, int64_t n) {
   const int64_t time = s->state[CLOCK] + 1;  // of the step to come
-  if (s->spare_time != time) set_aside(s, time);
+  if (s->spare_time != time) set_aside(s, time, s->n_read + s->n_early);
   std::vector<int64_t> neurons, slots;
   for (int64_t k = 0; static_cast<int64_t>(neurons.size()) < n;) {
     int64_t slot = fresh_slot(s);
@@ -355,28 +363,31 @@ void read_ahead(Step *s, int64_t n) {
   s->n_early = static_cast<int64_t>(neurons.size());
 }
 
-// What the calling thread does while others sum already: this step's books, the next ones' slots, and reads for the layer
-// behind.
-struct Chores {
-  Step *s;
-  int64_t n_guessed;
-  double spent = 0;
-
-  void operator()() {
-    const double begun = now();
-    if (n_guessed) read_ahead(s->next, n_guessed);
-    for (int64_t i = 0; i < s->n_wanted; i++) use(s, s->ids[i]);
-    set_aside(s, s->state[CLOCK] + 1);
-    spent = now() - begun;
-  }
-};
+// What the calling thread does while others compute already: reads for the layer behind, this step's books, and the next
+// one's slots.
+void do_chores(const Chores &c) {
+  Step *s = c.step;
+  if (c.n_guessed) read_ahead(s->next, c.n_guessed);
+  for (int64_t i = 0; i < s->n_wanted; i++) use(s, s->ids[i]);
+  set_aside(s, s->state[CLOCK] + 1, c.n_taken);
+}
 
 // What is in DRAM is computed on while the rest is read.
 int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t n_guessed, const Ahead *ahead,
-                     void *y, bool *signalled) {
+                     void *y, bool *signalled, Chores *later) {
   std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
-  Chores chores{s, n_guessed};
-  const First first{[](void *who) { (*static_cast<Chores *>(who))(); }, &chores};
+  struct {
+    Chores todo;
+    double spent;
+  } chores{{s, n_guessed, s->n_read + s->n_early}, 0.0};
+  const auto run = [](void *who) {
+    auto *mine = static_cast<decltype(chores) *>(who);
+    const double begun = now();
+    do_chores(mine->todo);
+    mine->spent = now() - begun;
+  };
+  if (later) *later = chores.todo;
+  const First first = later ? First() : First{run, &chores};
   const double begun = now();
   s->n_fired = 0;
   if (s->n_here) add_ffn(s, x, T, dtype, 0, s->n_here, first, out.data());
@@ -413,9 +424,9 @@ int64_t hf_flash_step_bytes() { return sizeof(Step); }
 //
 // `looks`: whether to guess what the layer behind will want. Then the caller holds its cache's lock, too. `signalled`, or
 // null: is set where a signal came while this waited; its handler has to run. `ahead`, or null: what is looked at after it.
-// `guessed`: <- how many neurons of the layer behind were, for hf_flash_step_read_ahead; or null, then this reads them.
+// `later`, or null: <- what is left to do, for hf_flash_chores, before anything else is done with this layer.
 int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int looks, bool *signalled, const Ahead *ahead,
-                  int64_t *guessed) {
+                  Chores *later) {
   const double begun = now();
   s->state[CLOCK] += T;
   Meanwhile meanwhile(s);
@@ -425,7 +436,9 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   s->n_wanted = scan(s, x32.data(), T, dtype, s->ids, nullptr, s->n, found, &meanwhile);
   s->state[LARGEST] = std::max(s->state[LARGEST], s->n_wanted);
   s->gate_s = now() - begun - meanwhile.spent, s->early_s = s->here_s = s->wait_s = s->ffn_s = 0;
-  const int result = s->n_wanted > s->state[N_SLOTS] ? NO_ROOM : fetch(s, meanwhile.missing);
+  const bool fits = s->n_wanted <= s->state[N_SLOTS];
+  if (fits) meanwhile.read(s->n);
+  const int result = fits ? fetch(s, meanwhile.missing) : NO_ROOM;
   if (result == NO_ROOM) return undo(s, T);
   if (result) return land(s, &s->batch), result;
   std::vector<int64_t> &coming = meanwhile.coming;
@@ -433,12 +446,10 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   std::sort(coming.begin(), coming.end());
   sort_out(s, coming);
   const int64_t n_guessed = looks && s->next && T == 1 ? guess(s, x32.data(), dtype) : 0;
-  if (guessed) *guessed = n_guessed;
-  return compute_and_wait(s, x32, T, dtype, guessed ? 0 : n_guessed, ahead, y, signalled);
+  return compute_and_wait(s, x32, T, dtype, n_guessed, ahead, y, signalled, later);
 }
 
-// Start reading the n neurons of this layer that were guessed by the step just before.
-void hf_flash_step_read_ahead(Step *s, int64_t n) { read_ahead(s, n); }
+void hf_flash_chores(const Chores *chores) { do_chores(*chores); }
 
 // Wait for what was read early. Returns as hf_flash_step does.
 int hf_flash_step_land(Step *s) { return land_early(s); }
