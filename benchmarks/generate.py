@@ -153,6 +153,9 @@ def one_cap(
     ]
     again = common.disk_bytes_per_s(spec["model_dir"])
     found_speeds["disk_bytes_per_s"] = max(again, found_speeds["disk_bytes_per_s"], *seen)
+    found_speeds["memory_bytes_per_s"] = max(
+        common.memory_bytes_per_s(spec["threads"]), found_speeds["memory_bytes_per_s"]
+    )
     result = {"memory": memory, "limit_bytes": limit, "speeds": found_speeds, "sides": found}
     result["floor"] = floors.lossless(spec["model_dir"], memory, found_speeds)
     result["accelerate_resident"] = specs.get("accelerate", {}).get("n_resident")
