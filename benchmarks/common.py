@@ -201,7 +201,7 @@ def disk_passes(folder: str | os.PathLike, n_passes: int, n_threads: int = 8) ->
 
 
 def memory_bytes_per_s(n_threads: int) -> float:
-    """DRAM's ceiling: the fastest of some passes over a buffer far larger than any cache, in small pages or huge ones."""
+    """DRAM's ceiling: the fastest of some passes over a buffer far larger than any cache, in small or huge pages."""
     return max(_sweep_bytes_per_s(n_threads, huge) for huge in (False, True))
 
 

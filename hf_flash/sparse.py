@@ -127,7 +127,7 @@ class SparseEngine(Engine):
         Its guess of what the next layer will want goes into that one's slots, unless another thread is at them.
         """
         with self.cache.lock:
-            looks = self._trial.on and self._next is not None and self._next.cache.lock.acquire(blocking=False)
+            looks = self._trial.on and self._can_look() and self._next.cache.lock.acquire(blocking=False)  # type: ignore[union-attr]
             try:
                 if self._ahead is not None:
                     self._land()
@@ -145,6 +145,11 @@ class SparseEngine(Engine):
             finally:
                 if looks:
                     self._next.cache.lock.release()  # type: ignore[union-attr]
+
+    def _can_look(self) -> bool:
+        """Whether the next layer's step was told what it needs to guess with, its biases too, by a step of its own."""
+        step = None if self._next is None else self._next._step
+        return step is not None and step.is_known
 
     def land(self) -> None:
         """Wait for what was read early: then no read into the slots is under way. Hold the cache's lock.

@@ -197,6 +197,11 @@ class NativeStep:
         return self._ids[0, : self._s.n_wanted].copy()
 
     @property
+    def is_known(self) -> bool:
+        """Whether native code was told of the activation and the biases."""
+        return self._known
+
+    @property
     def has_reads(self) -> bool:
         """Whether reads are under way, or have failed, that nobody has waited for: what a step misses, or guesses."""
         return bool(self._s.batch or self._s.early)
