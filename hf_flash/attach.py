@@ -48,6 +48,7 @@ from hf_flash.stats import FlashStats
 from hf_flash.store import DTYPES, LAYERS_KEY, Extent2D, FlashLayer, FlashStore, layers_of, layout_of
 from hf_flash.stream import Stream
 from hf_flash.sweep import SweepEngine
+from hf_flash.tight import STRIPE
 
 logger = logging.get_logger(__name__)
 
@@ -329,8 +330,9 @@ def _ties(model: nn.Module) -> dict[str, str]:
 
 
 def _packed_bytes(shape: torch.Size) -> int:
-    """DRAM of a packed matrix, with room for one escape in 512 weights."""
-    return shape[0] * (packed_bytes(shape[1]) + 4) + shape.numel() // 128
+    """DRAM of a packed matrix, in 12 bits a weight and with room for one escape in 512, or in 11 and filled up."""
+    n, size = shape
+    return max(n * (packed_bytes(size) + 4) + n * size // 128, most_bytes(n, size) if n % STRIPE else 0)
 
 
 def _kv_bytes(text: Any, size: int) -> int:

@@ -246,7 +246,7 @@ def test_right_guesses_are_there_in_time(tmp_path: Path) -> None:
         books_are_true(ours)
     stats = ours._stats
     assert stats.neurons_hit + stats.neurons_read == stats.neurons_wanted == theirs._stats.neurons_wanted
-    assert 0.5 < stats.neurons_early / stats.neurons_read < 1, "those that were far from firing are not looked at"
+    assert 0.2 < stats.neurons_early / stats.neurons_read < 1, "those that were far from firing are not looked at"
 
 
 def test_guesses_after_a_token_that_is_not_finite(tmp_path: Path) -> None:
@@ -267,6 +267,8 @@ def test_whoever_is_at_the_next_layer_is_left_alone(tmp_path: Path) -> None:
     layer, act = Layer(tmp_path, F32, False, True, False), nn.ReLU()
     ours = layer.engine(act, 350, True)
     first, x, begun, done = guesser(layer, ours), torch.randn(1, D), threading.Event(), threading.Event()
+    ours.forward(torch.randn(1, D), act, layer.biases)
+    n_used = ours.cache.n_used
 
     def hold() -> None:
         with ours.cache.lock:
@@ -279,9 +281,9 @@ def test_whoever_is_at_the_next_layer_is_left_alone(tmp_path: Path) -> None:
     first.forward(x, act, layer.biases)
     done.set()
     other.join()
-    assert ours.cache.n_used == 0
+    assert ours.cache.n_used == n_used
     first.forward(x, act, layer.biases)
-    assert ours.cache.n_used > 0
+    assert ours.cache.n_used > n_used
     ours.forward(x, act, layer.biases)
     books_are_true(ours)
 
