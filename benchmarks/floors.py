@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_flash.gates.certified import looked_at_bytes
+
 
 def tensor_bytes(model_dir: str | Path) -> dict[str, int]:
     """Bytes of every tensor of a folder, from the headers of the safetensors."""
@@ -61,9 +63,8 @@ def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) ->
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`
         return floor(row["read_bytes_per_token"], resident + flash, speeds)
-    share, bits = wanted / stats["n_tokens"] / spec["n_neurons"], stats["gate_bits"]
-    of_steps = 16 / 64  # bits a weight: a bfloat16 step for each group of 64 (docs/format.md)
-    looked_at = sketches * (4 + of_steps + (bits - 4) * share) / (bits + of_steps)
+    share = wanted / stats["n_tokens"] / spec["n_neurons"]
+    looked_at = looked_at_bytes(sketches, stats["gate_bits"], share)
     return floor(row["read_bytes_per_token"], resident + looked_at + flash * share, speeds)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from hf_flash.budget import Demand, Layer, Plan
+from hf_flash.gates.certified import looked_at_bytes
 from hf_flash.probe import Probe
 
 DEFAULT_ACTIVE = 0.05  # share of neurons that a ReLU model's token wants, where nobody says
@@ -76,7 +77,9 @@ def estimate(demand: Demand, plan: Plan, probe: Probe, active: float = DEFAULT_A
     missing = {layer: active * _missing(layer, plan) for layer in sparse_layers(demand, plan)}
     sparse = sum(missing.values())
     touched = resident_bytes(demand, plan) + 2 * streamed + sparse
-    touched += plan.parts.get("gates", 0) + sum(active * layer.n_neurons * layer.row_bytes for layer in missing)
+    gates = plan.parts.get("gates", 0)
+    touched += looked_at_bytes(gates, plan.gate_bits, active) if plan.gate_bits else gates
+    touched += sum(active * layer.n_neurons * layer.row_bytes for layer in missing)
     return Estimate(
         streamed_bytes=streamed, sparse_bytes=round(sparse), touched_bytes=round(touched),
         active=active if missing else None, stream_s=streamed / probe.flash_bytes_per_s(),

@@ -11,6 +11,7 @@ from test_probe import MIB, PROBE
 
 from hf_flash.budget import Demand, Layer, Matrix, make_plan, smallest_cap
 from hf_flash.estimate import DEFAULT_ACTIVE, Estimate, estimate, resident_bytes
+from hf_flash.gates.certified import looked_at_bytes
 from hf_flash.probe import Probe
 from hf_flash.show_speed import estimate_lines
 
@@ -45,7 +46,8 @@ def test_neurons_one_by_one() -> None:
     assert 0 < missing < 4 * 12288000
     assert found.sparse_bytes == pytest.approx(0.1 * missing, abs=1)
     assert found.sparse_s == pytest.approx(found.sparse_bytes / PROBE.flash_bytes_per_s(12288), rel=1e-3)
-    sketches = 4 * 2_000_000
+    assert plan.gate_bits > 4
+    sketches = 4 * looked_at_bytes(SPARSE.layers[0].sketches[plan.gate_bits - 4], plan.gate_bits, 0.1)
     want = resident_bytes(SPARSE, plan) + sketches + 0.1 * 4 * 12288000 + found.sparse_bytes + 2 * found.streamed_bytes
     assert found.touched_bytes == pytest.approx(want, abs=2)
     assert found.expected_s == pytest.approx(found.memory_s + found.sparse_s, rel=0.01)

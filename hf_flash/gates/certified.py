@@ -151,6 +151,18 @@ def sketch_bytes(n_neurons: int, d_model: int, bits: int) -> int:
     return sum(n_bytes for _, _, n_bytes in sketch_tensors(n_neurons, d_model, bits).values())
 
 
+def looked_at_bytes(n_bytes: float, bits: int, share: float) -> float:
+    """Of a sketch's bytes those that a token looks at, at least.
+
+    The upper four bits of every neuron; the others where it is wanted. They decide for some that are not, too.
+
+    Args:
+        n_bytes: of the sketch. bits: in which it is kept. share: of the neurons that are wanted, 0 to 1.
+    """
+    of_steps = 16 / GROUP  # bits a weight: a bfloat16 for each group
+    return n_bytes * (4 + of_steps + (bits - 4) * share) / (bits + of_steps)
+
+
 def _quantize(weight: torch.Tensor, bits: int, dither: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [n, groups * 64] uint8, the step of 4 bits, and the norm."""
     n, d = weight.shape
