@@ -136,17 +136,18 @@ def one_cap(
     specs = side_specs(args, spec, memory, limit, allowance)
     can_run = [side for side in specs if isinstance(specs[side], dict)]
     rows: dict[str, list[dict[str, Any]]] = {side: [] for side in can_run}
+    after = common.memory_bytes_per_s(spec["threads"])
     for turn in range(args.runs):
         start = turn % len(can_run)
         for side in can_run[start:] + can_run[:start]:
             if args.settle:
                 common.disk_passes(spec["model_dir"], args.settle)
-            before = common.memory_bytes_per_s(spec["threads"])
             run = sides.run_side(side, specs[side], limit, capped)
             gelu = peers.reference(side, spec) == "dense-gelu"
             row = measure(run, spec["gelu"], " to dense with GELU") if gelu else measure(run, dense)
             # Neighbours on the host make DRAM half as fast again, or not, from one minute to the next.
-            row["memory_bytes_per_s"] = max(before, common.memory_bytes_per_s(spec["threads"]))
+            before, after = after, common.memory_bytes_per_s(spec["threads"])
+            row["memory_bytes_per_s"] = max(before, after)
             rows[side].append(row)
     not_run = {"right": True, "runs": []}
     found = {side: summarize(rows[side]) if side in rows else {**not_run, "words": specs[side]} for side in specs}

@@ -48,12 +48,6 @@ INLINE int32_t escape_from(const Packed &p, int64_t row, int64_t weight) {
   return at;
 }
 
-INLINE __m512bh pair_of(const uint16_t *x) {
-  int32_t both;
-  std::memcpy(&both, x, 4);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
 // Rows of packed weights from weight `first` on, 64 weights at a time, laned.
 struct PackedRows {
   const Packed &p;
@@ -120,13 +114,7 @@ void some_products(const PackedRows &rows, int64_t i, int64_t end, int64_t K, co
   for (int g = 0; g < N; g++) {
     const int64_t from = i + g * ROWS;
     if (from >= end) break;
-    const __mmask16 mine = static_cast<__mmask16>(end - from >= ROWS ? 0xffff : (1 << (end - from)) - 1);
-    __m512 sum = _mm512_add_ps(total[g], chain[g]);
-    if (bias) {
-      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + from));
-      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
-    }
-    _mm256_mask_storeu_epi16(out + from, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+    put_rounded(_mm512_add_ps(total[g], chain[g]), bias ? bias + from : nullptr, end - from, out + from);
   }
 }
 
@@ -148,15 +136,6 @@ struct Share {
 Share share_of(int64_t n, int me, int threads) {
   const int64_t registers = (n + ROWS - 1) / ROWS, end = registers * (me + 1) / threads * ROWS;
   return {registers * me / threads * ROWS, end < n ? end : n};
-}
-
-// All n rows of a matrix, K weights each.
-void whole_products(const PackedRows &rows, int64_t n, int64_t K, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
-  const int threads = n * K < 65536 * max_threads() ? 1 : max_threads();
-  in_parallel(threads, [&](int me) {
-    const Share mine = share_of(n, me, threads);
-    products(rows, mine.begin, mine.end, K, x, bias, out);
-  });
 }
 
 // Adds neurons 0 .. n to the chains and totals of outputs begin .. end (multiples of 64; both in the order of `paired`:
@@ -229,7 +208,11 @@ void hf_flash_ordered_matvec(const uint8_t *rows, int64_t stride, int64_t n, int
                              const uint32_t *escapes, const uint16_t *x, const uint16_t *bias, uint16_t *out) {
 #ifdef ORDERED
   const Packed p(E, base, start, escapes);
-  whole_products(PackedRows{p, rows, stride, 0}, n, E, x, bias, out);
+  const int threads = n * E < 65536 * max_threads() ? 1 : max_threads();
+  in_parallel(threads, [&](int me) {
+    const auto [begin, end] = share_of(n, me, threads);
+    products(PackedRows{p, rows, stride, 0}, begin, end, E, x, bias, out);
+  });
 #endif
 }
 

@@ -53,15 +53,10 @@ namespace {
 
 #include "tight_loops.h"
 
-// Those of outputs i .. i + 16 that there are.
-INLINE __mmask16 outputs(const Tight &m, int64_t i) {
-  return static_cast<__mmask16>(m.n - i >= REGISTER ? 0xffff : (1 << (m.n - i)) - 1);
-}
-
 // sums [T, n] = stripes begin .. end times x [T, E].
 void sums_of(const Tight &m, int64_t begin, int64_t end, const float *x, int64_t T, float *sums) {
   products(m, begin, end, x, T, [&](int64_t t, int64_t i, __m512 sum) {
-    _mm512_mask_storeu_ps(sums + t * m.n + i, outputs(m, i), sum);
+    _mm512_mask_storeu_ps(sums + t * m.n + i, outputs(m.n - i), sum);
   });
 }
 
@@ -118,12 +113,7 @@ namespace pairs {
 // Rows of stripe s times x [T, E], and the bias [n] or null, to out [T, n]: all bfloat16, rounded as torch does.
 void linear(const Tight &m, int64_t s, const uint16_t *x, const uint16_t *bias, int64_t T, uint16_t *out) {
   products(m, s, s + 1, x, T, [&](int64_t t, int64_t i, __m512 sum) {
-    const __mmask16 mine = outputs(m, i);
-    if (bias) {
-      const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias + i));
-      sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
-    }
-    _mm256_mask_storeu_epi16(out + t * m.n + i, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+    put_rounded(sum, bias ? bias + i : nullptr, m.n - i, out + t * m.n + i);
   });
 }
 

@@ -95,6 +95,9 @@ INLINE void decode_block(Stripe *s, int64_t b, __m512i *first, __m512i *second) 
   s->escape += __builtin_popcountll(escaped);
 }
 
+// Those outputs of a register that there are, of `left`.
+INLINE __mmask16 outputs(int64_t left) { return static_cast<__mmask16>(left >= REGISTER ? 0xffff : (1 << left) - 1); }
+
 // Whether this CPU has the instructions.
 inline bool can_tight() {
   return level() == 4 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
@@ -102,6 +105,30 @@ inline bool can_tight() {
 
 // Whether it adds two products of bfloat16 to a float32 at once, too.
 inline bool can_pairs() { return can_tight() && __builtin_cpu_supports("avx512bf16"); }
+
+}  // namespace
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512vbmi,avx512vbmi2,avx512bf16")
+
+namespace {
+
+// Two bfloat16 inputs, for every output of a register.
+INLINE __m512bh pair_of(const uint16_t *x) {
+  int32_t both;
+  std::memcpy(&both, x, 4);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+// out [left], 16 at most = the sums, and the bias or null, rounded as torch does.
+INLINE void put_rounded(__m512 sum, const uint16_t *bias, int64_t left, uint16_t *out) {
+  const __mmask16 mine = outputs(left);
+  if (bias) {
+    const __m512i b = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mine, bias));
+    sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)));
+  }
+  _mm256_mask_storeu_epi16(out, mine, (__m256i)_mm512_cvtneps_pbh(sum));
+}
 
 }  // namespace
 #pragma GCC pop_options

@@ -7,14 +7,14 @@ using Input = uint16_t;
 using Input = float;
 #endif
 
-constexpr int64_t SOON = 4 * TILE_BYTES;  // what lies as far ahead is fetched
+// What lies as far ahead is fetched, a tile at once and to the L1: unlike with rows that lie apart (`fetch`) that is
+// fastest where a core reads memory from front to back (docs/log.md).
+constexpr int64_t SOON = 4 * TILE_BYTES;
 
 // Adds two columns of 16 rows, times two entries of x.
 INLINE void add(__m512i weights, const Input *x, __m512 *sum) {
 #ifdef PAIRS
-  int32_t both;
-  std::memcpy(&both, x, 4);
-  *sum = _mm512_dpbf16_ps(*sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(both));
+  *sum = _mm512_dpbf16_ps(*sum, (__m512bh)weights, pair_of(x));
 #else
   const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   *sum = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(weights, 16), _mm512_set1_ps(x[0]), *sum);

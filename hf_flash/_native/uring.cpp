@@ -326,9 +326,11 @@ void *hf_flash_ring_open(unsigned depth, int prompt) {
   io_uring_params p;
   std::memset(&p, 0, sizeof p);
 #ifdef IORING_SQ_TASKRUN
-  if (!prompt) p.flags = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
-  r->fd = static_cast<int>(syscall(__NR_io_uring_setup, depth, &p));
-  if (r->fd < 0 && p.flags) std::memset(&p, 0, sizeof p);  // Linux before 5.19
+  if (!prompt) {
+    p.flags = IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG;
+    r->fd = static_cast<int>(syscall(__NR_io_uring_setup, depth, &p));
+    if (r->fd < 0) std::memset(&p, 0, sizeof p);  // Linux before 5.19
+  }
 #endif
   if (r->fd < 0) r->fd = static_cast<int>(syscall(__NR_io_uring_setup, depth, &p));
   if (r->fd < 0) {
