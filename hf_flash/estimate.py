@@ -78,7 +78,8 @@ def estimate(demand: Demand, plan: Plan, probe: Probe, active: float = DEFAULT_A
     sparse = sum(missing.values())
     touched = resident_bytes(demand, plan) + 2 * streamed + sparse
     gates = plan.parts.get("gates", 0)
-    touched += looked_at_bytes(gates, plan.gate_bits, active) if plan.gate_bits else gates
+    certified = "certified" in plan.gates.values()  # the others look at all that they keep
+    touched += looked_at_bytes(gates, plan.gate_bits, active) if certified else gates
     touched += sum(active * layer.n_neurons * layer.row_bytes for layer in missing)
     return Estimate(
         streamed_bytes=streamed, sparse_bytes=round(sparse), touched_bytes=round(touched),
