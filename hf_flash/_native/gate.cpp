@@ -34,6 +34,7 @@ struct Inputs {
   const int32_t *list;                           // the neurons to look at; null for all
   // Of one token, for the scan in whole numbers: x = scale * whole, but for `rest` in norm.
   const int8_t *whole;       // in the order of `Whole`; null where the scan is in floats
+  const int8_t *by_bit;      // the same in the order in which planes have their bits, see `Whole`
   const float *scale;        // [groups, up to a multiple of 16]
   float rest;
   const float *planes_constant;  // [groups]: what the codes' lower bits leave out
@@ -68,25 +69,36 @@ CLONES double split(const float *x, float unit, int8_t *to, int32_t *sum) {
   return squares;
 }
 
+// A group as `split` leaves it, in the order of planes.
+CLONES void turn(const int8_t *from, int8_t *to) {
+  for (int part = 0; part < 2; part++)
+    for (int b = 0; b < 8; b++)
+      for (int p = 0; p < 8; p++) to[(2 * b + part) * GROUP + p] = from[2 * part * GROUP + p / 4 * GROUP + p % 4 * 8 + b];
+}
+
 // One token in whole numbers. Two groups take 256 bytes: upper bytes of the first 32 entries of either, of the last 32 of
-// either, as 64 bytes of nibbles have their codes; then lower bytes.
+// either, as 64 bytes of nibbles have their codes; then lower bytes. And once more for planes, eight groups in 1024 bytes:
+// upper bytes of what bit 0 of each byte of the eight words is of, lower bytes, those of bit 1, ...
 struct Whole {
-  Floats bytes, scale, sums;  // scale, sums [groups]: of a whole number; of all of a group
+  Floats bytes, bits, scale, sums;  // scale, sums [groups]: of a whole number; of all of a group
   float rest = 0;
 
   Whole(const float *x, const float *largest, int64_t groups)
-      : bytes((groups + 1) / 2 * GROUP), scale(groups + 16), sums(groups) {
+      : bytes((groups + 1) / 2 * GROUP), bits((groups + 7) / 8 * 8 * GROUP / 2), scale(groups + 16), sums(groups) {
     double squares = 0;
     for (int64_t g = 0; g < groups; g++) {
       const float unit = scale.data()[g] = largest[g] / 32512;
       int32_t sum;
-      squares += split(x + g * GROUP, unit, entries() + g / 2 * 4 * GROUP + g % 2 * GROUP / 2, &sum);
+      int8_t *to = entries() + g / 2 * 4 * GROUP + g % 2 * GROUP / 2;
+      squares += split(x + g * GROUP, unit, to, &sum);
+      turn(to, by_bit() + g / 8 * 16 * GROUP + g % 8 * 8);
       sums.data()[g] = unit * static_cast<float>(sum);
     }
     rest = static_cast<float>(std::sqrt(squares) * (1 + 0x1p-20));
   }
 
   int8_t *entries() { return reinterpret_cast<int8_t *>(bytes.data()); }
+  int8_t *by_bit() { return reinterpret_cast<int8_t *>(bits.data()); }
 };
 
 INLINE uint64_t word(const uint64_t *plane, int64_t at) {
@@ -180,8 +192,8 @@ INLINE __m512i lanes() {  // of the factors of 16 groups, where those of the fir
   return _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
 }
 
-constexpr int ROWS = 4;        // neurons that are scored together: they share the loads of the inputs
-constexpr int AHEAD_ROWS = 8;  // those behind them are fetched meanwhile
+constexpr int ROWS = 4;        // neurons whose sums are added up together
+constexpr int AHEAD_ROWS = 4;  // those behind them are fetched meanwhile
 constexpr int JUDGED = 16;     // that are judged together
 
 // What the upper 4 bits of some neurons' codes give them, in steps of 4 bits, and what bounds it.
@@ -189,43 +201,40 @@ struct Scores {
   alignas(64) float score[JUDGED], squares[JUDGED], sure[JUDGED];
 };
 
-// Scores [at .. at + ROWS] of neurons `who`. `ahead`: those to fetch meanwhile.
-INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, int at, Scores *out) {
-  const int64_t groups = s->groups;
-  const uint8_t *from[ROWS], *next[ROWS];
-  __m512 sums[ROWS], squares[ROWS], sure[ROWS];
-  for (int r = 0; r < ROWS; r++) {
-    from[r] = s->nibbles + who[r] * groups * 32, next[r] = s->nibbles + ahead[r] * groups * 32;
-    sums[r] = squares[r] = sure[r] = _mm512_setzero_ps();
-  }
+// What is to be summed for the score of neuron i, its squares and norms, 16 of each. `next`: a neuron to fetch meanwhile.
+// Neuron by neuron, as they lie: what shared the loads of the inputs among four was a fifth slower from DRAM.
+INLINE void add_nibbles(const Sketch *s, const Inputs *in, int64_t i, int64_t next, __m512 *sum, __m512 *squares, __m512 *sure) {
+  const uint8_t *from = s->nibbles + i * s->groups * 32, *ahead = s->nibbles + next * s->groups * 32;
   const __m512i nibble = _mm512_set1_epi8(15);
-  for (int64_t block = 0; block < groups; block += 16) {
-    __m512 factor[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-      const __m512 step = steps16(s, who[r], block);
-      fetch(s->step + ahead[r] * groups + block);
-      factor[r] = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
-      sums[r] = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->constant + block), sums[r]);
-      squares[r] = _mm512_fmadd_ps(_mm512_mul_ps(step, step), _mm512_loadu_ps(in->squares + block), squares[r]);
-      sure[r] = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->norms + block), sure[r]);
-    }
+  __m512 score = _mm512_setzero_ps(), square = score, norm = score;
+  for (int64_t block = 0; block < s->groups; block += 16) {
+    const __m512 step = steps16(s, i, block), factor = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
+    fetch(s->step + next * s->groups + block);
+    score = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->constant + block), score);
+    square = _mm512_fmadd_ps(_mm512_mul_ps(step, step), _mm512_loadu_ps(in->squares + block), square);
+    norm = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->norms + block), norm);
     __m512i lane = lanes();
     const auto pair = [&](int64_t g, __mmask64 there) __attribute__((always_inline)) {
       __m512i x[4];
       load_pair(in, g, x);
-      for (int r = 0; r < ROWS; r++) {
-        fetch(next[r] + g * 32);
-        const __m512i codes = _mm512_maskz_loadu_epi8(there, from[r] + g * 32);
-        const __m512i first = _mm512_and_si512(codes, nibble), last = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
-        sums[r] = _mm512_fmadd_ps(pair_sum(first, last, x), _mm512_permutexvar_ps(lane, factor[r]), sums[r]);
-      }
+      fetch(ahead + g * 32);
+      const __m512i codes = _mm512_maskz_loadu_epi8(there, from + g * 32);
+      const __m512i first = _mm512_and_si512(codes, nibble), last = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+      score = _mm512_fmadd_ps(pair_sum(first, last, x), _mm512_permutexvar_ps(lane, factor), score);
       lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
     };
-    const int64_t end = groups < block + 16 ? groups : block + 16;
+    const int64_t end = s->groups < block + 16 ? s->groups : block + 16;
     int64_t g = block;
     for (; g + 2 <= end; g += 2) pair(g, ~0ull);
     if (g < end) pair(g, 0xffffffffull);
   }
+  *sum = score, *squares = square, *sure = norm;
+}
+
+// Scores [at .. at + ROWS] of neurons `who`. `ahead`: those to fetch meanwhile.
+INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, int at, Scores *out) {
+  __m512 sums[ROWS], squares[ROWS], sure[ROWS];
+  for (int r = 0; r < ROWS; r++) add_nibbles(s, in, who[r], ahead[r], sums + r, squares + r, sure + r);
   _mm_store_ps(out->score + at, sums4(sums));
   _mm_store_ps(out->squares + at, sums4(squares));
   _mm_store_ps(out->sure + at, sums4(sure));
@@ -254,32 +263,36 @@ INLINE __m512 most16(const Sketch *s, const Inputs *in, int bits, float tail, co
   return v;
 }
 
-// What the lower bits of a neuron's codes add to its score, in steps of all bits.
+// What the lower bits of a neuron's codes add to its score, in steps of all bits. Eight groups at a time: bit b of each byte
+// of their words is set where that of the upper half of `by_bit` it meets counts.
 template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, int64_t i) {
-  const __m512i order = _mm512_set_epi32(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+  const __m512i twice[2] = {_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0),
+                            _mm512_set_epi32(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8)};
   __m512 sum = _mm512_setzero_ps(), constant = sum;
   for (int64_t block = 0; block < s->groups; block += 16) {
     const __m512 step = steps16(s, i, block), factor = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
     constant = _mm512_fmadd_ps(step, _mm512_loadu_ps(in->planes_constant + block), constant);
-    __m512i lane = lanes();
-    for (int64_t g = block; g < block + 16 && g < s->groups; g += 8) {
-      const int64_t n = s->groups - g;
-      alignas(64) uint64_t bits[BITS - 4 + 1][8];  // of each pair of groups those of the first 32 weights, then the others
-      for (int p = 0; p < BITS - 4; p++) {
-        const __mmask8 some = n < 8 ? static_cast<__mmask8>((1u << n) - 1) : 0xff;
-        const __m512i words = _mm512_maskz_loadu_epi64(some, s->planes[p] + i * s->groups + g);
-        _mm512_store_si512(bits[p], _mm512_permutexvar_epi32(order, words));
+    for (int half = 0; half < 2 && block + 8 * half < s->groups; half++) {
+      const int64_t g = block + 8 * half, n = s->groups - g;
+      const __mmask8 some = n < 8 ? static_cast<__mmask8>((1u << n) - 1) : 0xff;
+      const int8_t *x = in->by_bit + g * 2 * GROUP;
+      __m512i words[BITS - 4 + 1], upper = _mm512_setzero_si512(), lower = upper;
+      for (int p = 0; p < BITS - 4; p++) words[p] = _mm512_maskz_loadu_epi64(some, s->planes[p] + i * s->groups + g);
+#pragma GCC unroll 8
+      for (int b = 0; b < 8; b++) {
+        __m512i codes = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int p = 0; p < BITS - 4; p++) {
+          const int to = BITS - 5 - p;  // which bit of the code it is
+          const __m512i moved = b > to ? _mm512_srli_epi16(words[p], b > to ? b - to : 0) : _mm512_slli_epi16(words[p], b > to ? 0 : to - b);
+          const __m512i bit = _mm512_set1_epi8(static_cast<char>(1 << to));
+          codes = p ? _mm512_ternarylogic_epi32(codes, moved, bit, 0xf8) : _mm512_and_si512(moved, bit);  // codes | moved & bit
+        }
+        upper = _mm512_dpbusd_epi32(upper, codes, _mm512_load_si512(x + b * 2 * GROUP));
+        lower = _mm512_dpbusd_epi32(lower, codes, _mm512_load_si512(x + (b * 2 + 1) * GROUP));
       }
-      for (int64_t k = 0; k < 8 && k < n; k += 2) {
-        __m512i x[4], codes[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-        load_pair(in, g + k, x);
-        for (int p = 0; p < BITS - 4; p++)
-          for (int half = 0; half < 2; half++)
-            codes[half] = _mm512_mask_add_epi8(codes[half], bits[p][k + half], codes[half],
-                                               _mm512_set1_epi8(static_cast<char>(1 << (BITS - 5 - p))));
-        sum = _mm512_fmadd_ps(pair_sum(codes[0], codes[1], x), _mm512_permutexvar_ps(lane, factor), sum);
-        lane = _mm512_add_epi32(lane, _mm512_set1_epi32(2));
-      }
+      const __m512 all = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower));
+      sum = _mm512_fmadd_ps(all, _mm512_permutexvar_ps(twice[half], factor), sum);
     }
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(sum, constant));
@@ -290,6 +303,13 @@ struct Undecided {
   int64_t i;
   float score, squares, sure;
 };
+
+// Every third line first: told of lines in order, a core fetches more than those.
+template <int BITS> INLINE void fetch_planes(const Sketch *s, int64_t i) {
+  for (int p = 0; p < BITS - 4; p++)
+    for (int64_t first = 0; first < 24; first += 8)
+      for (int64_t g = first; g < s->groups; g += 24) fetch(s->planes[p] + i * s->groups + g);
+}
 
 // The scan of one token in whole numbers, codes of 4 bits times inputs of 16, which AVX512-VNNI sums four at a time. Most
 // neurons are silent by the upper 4 bits of their codes, and the others' planes are looked at only then.
@@ -303,6 +323,7 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
   if (!n) return;
   who.resize(who.size() + JUDGED + AHEAD_ROWS, who.back());
   const float tail = BITS > 4 ? in->upper_tail : in->tail;
+  size_t last = 0;  // of the undecided: the first of the last ones
   for (int64_t k = 0; k < n; k += JUDGED) {
     const int32_t *some = who.data() + k;
     Scores scores;
@@ -313,12 +334,13 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
     unsigned may = (BITS > 4 && tail != tail ? 0xffff : reach) & judged;
     if (in->near) _mm512_mask_i32scatter_ps(in->near, static_cast<__mmask16>(judged), _mm512_loadu_si512(some), v, 4);
     for (int r = 0; r < JUDGED && k + r < n; r++) wanted[some[r]] = BITS == 4 && may >> r & 1 ? in->last_mark : 0;
+    const size_t before = undecided.size();
     for (; BITS > 4 && may; may &= may - 1) {
       const int r = __builtin_ctz(may);
       undecided.push_back({some[r], scores.score[r], scores.squares[r], scores.sure[r]});
-      for (int p = 0; p < BITS - 4; p++)
-        for (int64_t g = 0; g < s->groups; g += 8) fetch(s->planes[p] + some[r] * s->groups + g);
     }
+    for (; last < undecided.size(); last++) fetch_planes<BITS>(s, undecided[last].i);
+    last = before;  // they are told again: of many fetches at once a core drops some
   }
   for (const Undecided &u : undecided) {
     const float score = u.score + by_planes<BITS>(s, in, u.i) / (1 << (BITS - 4));
@@ -401,7 +423,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
     some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
                     norms + t * groups, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
                     tiny, unit, threshold, end == T ? near : nullptr, list, in_whole ? whole.entries() : nullptr,
-                    whole.scale.data(), whole.rest, planes_constant.data(), upper_tail});
+                    whole.by_bit(), whole.scale.data(), whole.rest, planes_constant.data(), upper_tail});
   }
   const int threads = n * groups < 4096 * max_threads() ? 1 : max_threads();
   const int64_t tile = std::max<int64_t>(16, TILE_WEIGHTS / (groups * GROUP)), n_tiles = (n + tile - 1) / tile;
