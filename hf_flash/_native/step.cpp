@@ -184,7 +184,7 @@ void set_aside(Step *s, int64_t time, int64_t taken) {
   s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
 }
 
-constexpr size_t FEW = 8;  // reads for which alone, while others are under way, the kernel is not called
+constexpr size_t FEW = 5;  // reads for which alone, while others are under way, the kernel is not called
 
 // What a scan finds is read while it goes on. A slot is given away only if its neuron is known not to be wanted; what
 // finds no such slot waits for the end of the scan.

@@ -26,8 +26,8 @@ Independently, t_C = sum_g 4 s_g |x_g| never fails, as |E_g| <= sqrt(64) s_g / 2
 is for them. An FFN's inputs depend on the rounding only through the order in which float sums are taken.
 
 In two steps. A sketch of more bits holds one of 4, and most neurons are silent by that alone: then the other planes
-need not be touched. Either decision has a part of delta: a tenth for the first costs the other hardly a read (its z goes
-from 6.18 to 6.20) and leaves it a fifth fewer neurons than a millionth would (6.54 instead of 8.09).
+need not be touched. Either decision has a part of delta. A tenth for the first costs the other hardly a read (its z
+goes from 6.18 to 6.20) and leaves it a fifth fewer neurons than a millionth would (6.54 instead of 8.09).
 
 The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = m u / (1 - m u)
 with m = d_model + 8: the standard bound, relative to |w| |x|, of a sum of d_model float32 products in any order, with 8
