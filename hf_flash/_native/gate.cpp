@@ -263,8 +263,8 @@ INLINE __m512 most16(const Sketch *s, const Inputs *in, int bits, float tail, co
   return v;
 }
 
-// What the lower bits of a neuron's codes add to its score, in steps of all bits. Eight groups at a time: bit b of each byte
-// of their words is set where that of the upper half of `by_bit` it meets counts.
+// What the lower bits of a neuron's codes add to its score, in steps of all bits. Eight groups at a time: bit b of all bytes
+// of their words, put together to codes of as many bytes, meets part b of `by_bit`.
 template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, int64_t i) {
   const __m512i twice[2] = {_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0),
                             _mm512_set_epi32(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8)};
@@ -284,7 +284,8 @@ template <int BITS> INLINE float by_planes(const Sketch *s, const Inputs *in, in
 #pragma GCC unroll 4
         for (int p = 0; p < BITS - 4; p++) {
           const int to = BITS - 5 - p;  // which bit of the code it is
-          const __m512i moved = b > to ? _mm512_srli_epi16(words[p], b > to ? b - to : 0) : _mm512_slli_epi16(words[p], b > to ? 0 : to - b);
+          const __m512i moved = b > to ? _mm512_srli_epi16(words[p], static_cast<unsigned>(b > to ? b - to : 0))
+                                       : _mm512_slli_epi16(words[p], static_cast<unsigned>(b > to ? 0 : to - b));
           const __m512i bit = _mm512_set1_epi8(static_cast<char>(1 << to));
           codes = p ? _mm512_ternarylogic_epi32(codes, moved, bit, 0xf8) : _mm512_and_si512(moved, bit);  // codes | moved & bit
         }
