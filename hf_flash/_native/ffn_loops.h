@@ -76,11 +76,11 @@ INLINE int64_t walk(const uint8_t *const *rows, const uint8_t *const *next, int6
   const int64_t end = d / BLOCK * BLOCK, ahead = AHEAD / S < end ? AHEAD / S : end, turn = next ? end - ahead : end;
   int64_t j = 0;
   for (; j < turn; j += BLOCK) {
-    for (int r = 0; TYPE != F32 && r < 4; r++) fetch(rows[r] + S * (j + ahead));
+    for (int r = 0; TYPE != F32 && r < 4; r++) __builtin_prefetch(rows[r] + S * (j + ahead));
     block(j, S * j);
   }
   for (; j < end; j += BLOCK) {
-    for (int r = 0; TYPE != F32 && r < 4; r++) fetch(next[r] + S * (j + ahead - end));
+    for (int r = 0; TYPE != F32 && r < 4; r++) __builtin_prefetch(next[r] + S * (j + ahead - end));
     block(j, S * j);
   }
   return end;
