@@ -39,7 +39,7 @@ struct First {
 namespace {
 
 // Ask for memory that is needed soon, in the L2 cache: on its way to the L1 it would hold one of that cache's few places
-// for lines that are missing, and one core reads at half the speed (docs/log.md).
+// for lines that are missing. Loops that are faster with those all the same say so (ffn.cpp, tight_loops.h; docs/log.md).
 INLINE void fetch(const void *from) { __builtin_prefetch(from, 0, 2); }
 
 enum DType { F32 = 0, F16 = 1, BF16 = 2 };
