@@ -146,17 +146,26 @@ def test_inputs_made_after_the_rounding_cannot_defeat_delta_0(bits: int) -> None
 
 
 def test_the_probabilistic_bound_fails_no_more_often_than_delta() -> None:
-    """3,000 dithers of the same neuron at deltas so large that failures can be counted."""
+    """3,000 dithers of the same neuron at deltas so large that failures can be counted.
+
+    Of the bound, and of both decisions: the upper bits decide with a part of delta and all bits with the rest, so a
+    neuron that fires is missed by either.
+    """
     d_model, n_draws = 256, 3000
     weight = half_steps(1, d_model)
     rates = dict.fromkeys([(name, delta) for name in ("ones", "normal") for delta in (0.5, 0.05)], 0.0)
+    missed = dict(rates)
     inputs = {"ones": torch.ones(1, d_model), "normal": draw((1, d_model), "normal", 6).float()}
     for seed in range(n_draws):
         sketch = Sketch.of(weight, 8, seed)
         for name, delta in rates:
-            z = (inputs[name].double() @ weight.double().t()).item()
-            rates[name, delta] += (CertifiedGate(sketch, delta).upper(inputs[name]) < z).item() / n_draws
+            z, gate = (inputs[name].double() @ weight.double().t()).item(), CertifiedGate(sketch, delta)
+            rates[name, delta] += (gate.upper(inputs[name]) < z).item() / n_draws
+            barely = torch.tensor([-z + 2.0**-10])  # the bias with which it fires
+            missed[name, delta] += (~gate.wanted(inputs[name], barely)).item() / n_draws
     assert all(rate <= delta for (_, delta), rate in rates.items())
+    assert all(rate <= delta for (_, delta), rate in missed.items())
+    assert missed["ones", 0.5] > rates["ones", 0.5], f"the upper bits miss nothing, so nothing was tested: {missed}"
     assert rates["ones", 0.5] > 0.05, f"the bound is far from tight here, so nothing was tested: {rates}"
 
 
