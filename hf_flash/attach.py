@@ -63,6 +63,7 @@ class Geometry:
     predictor_rank: int = 0  # 0: no predictor
     lookahead: tuple[int, int] = (0, 0)  # rank, and length of the input, of the one that sees another layer's input
     thresholds: bool = False  # for gate `threshold`
+    rest: float | None = None  # of an input, what lies in no known direction; None where none is known
 
 
 class FlashRuntime:
@@ -111,6 +112,7 @@ def geometry_of(files: Mapping[str, Path], gates_file: Path | None) -> dict[str,
             out[name] = Geometry(
                 layout_of(layer), layer["n_neurons"], bits, rank, (ahead.get("rank", 0), ahead.get("d_model", 0)),
                 gates is not None and name in gates.thresholds,
+                gates.usual[name]["rest"] if gates is not None and gates.knows(name) else None,
             )  # fmt: skip
     return out
 
@@ -261,10 +263,11 @@ def _layer(model: nn.Module, block: FFNBlock, geometry: Geometry, config: FlashC
     rank, d_before = geometry.lookahead if config.lookahead and (certified or predicted) else (0, 0)
     return Layer(
         block.path, n, layout.row_bytes, n * layout.n_elements * layout.dtype.itemsize, n * layout.d_out * size,
-        tuple(sketch_bytes(n, layout.d_model, bits) for bits in stored),
+        tuple(sketch_bytes(n, layout.d_model, bits, certified and geometry.rest is not None) for bits in stored),
         scratch[kind] if certified or predicted or thresholded else 0, layout.packed,
         predictor_bytes(n, layout.d_model, geometry.predictor_rank) if predicted else 0,
         predictor_bytes(n, d_before, rank) if rank else 0, thresholded,
+        1.0 if geometry.rest is None else geometry.rest,
     )  # fmt: skip
 
 
@@ -432,7 +435,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
             else:
                 assert gates is not None
                 gate = _gate(plan.gates[name], gates, module, layer, runtime, sketches)
-                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps)
+                use = gates.use(layer.path) if keeps else None
+                cache = NeuronCache(store, layer, max(1, plan.slots[name]), config.window, stats, keeps=keeps, use=use)
                 batch = max(1, plan.batch_bytes // layer.layout.row_bytes)
                 module.engine = SparseEngine(store, layer, gate, cache, batch, work, stats, one_call)
             if module is first:
@@ -451,6 +455,8 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         _look_ahead(model, runtime, gates)
     elif overlap:
         early.install(model)
+    for balance in runtime.balances:
+        balance.fill()
     _watch_kv(model, runtime, engines, work, None if config.without else stream)
     attention.install(model)
     attention_step.install(model)
@@ -539,7 +545,7 @@ def _gate(kind: str, gates: GateFile, ffn: FlashFFN, layer: FlashLayer, runtime:
     """The gate of one layer, with what it knows read into DRAM: its sketch into the pool."""
     if kind == "predicted":
         return PredictedGate(gates.predictor(layer.path))
-    sketch = gates.sketch(layer.path, runtime.plan.gate_bits, pool.take)
+    sketch = gates.sketch(layer.path, runtime.plan.gate_bits, pool.take, known=kind == "certified")
     if kind == "threshold":
         threshold = threshold_at(gates.levels(layer.path), runtime.config.sparsity or DEFAULT_SPARSITY)
         return ThresholdGate(sketch, threshold, ffn.own_activation)

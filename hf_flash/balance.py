@@ -22,6 +22,7 @@ from hf_flash import trace
 from hf_flash.cache import NeuronCache, Slots
 from hf_flash.plan import IntArray
 from hf_flash.sparse import SparseEngine
+from hf_flash.window import NOTHING
 
 FIRST_PASSES, EVERY_PASSES = 8, 64  # balanced after 8 passes, 16, 32, 64, and then every 64
 
@@ -37,7 +38,7 @@ def divide(worth: Sequence[npt.NDArray[np.float64]], least: IntArray, n_slots: i
     Returns:
         [n_layers], summing to n_slots, none above the layer's number of neurons.
     """
-    known = [w[w > -1e299] for w in worth]  # of a neuron that was never used nothing is known
+    known = [w[w > NOTHING] for w in worth]  # of a neuron that was never used nothing is known
     n_rest = [max(0, len(w) - n) for w, n in zip(known, least, strict=True)]
     rest = [np.partition(w, n - 1)[:n] if n else w[:0] for w, n in zip(known, n_rest, strict=True)]
     values, n_left = np.concatenate(rest), n_slots - int(least.sum())
@@ -85,6 +86,8 @@ class Balance:
         for engine, n in zip(self._engines, self._shares, strict=True):
             engine.cache.begin(n, self._slots, first)
             first += n
+        if all(engine.cache.is_known for engine in self._engines):
+            self._balance()
 
     def pass_begins(self, n_tokens: int = 1) -> None:
         """Count a pass, and balance where it is time and no other thread computes.
@@ -118,6 +121,15 @@ class Balance:
                 self._next = self._n_passes + min(self._n_passes, EVERY_PASSES)
             if trace.active is not None:
                 trace.active.add(trace.BALANCE, begun, time.perf_counter())
+
+    def fill(self) -> None:
+        """Read what fires most often, as far as somebody counted that, before anybody asks for it.
+
+        Raises:
+            ReadError: flash failed.
+        """
+        for engine in self._engines:
+            engine.fill()
 
     def lend(self, n: int) -> None:
         """Let the layers have n slots besides their own, more or fewer than they have so far; `n_more` at most.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,9 @@ from hf_flash.memory import round_up, shared_bytes
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES = (4 << 20) - 8192, 256 << 10  # a buffer of the ring, 8 KiB longer, fills huge pages
 MIN_BUFFERS, MAX_BUFFERS = 8, 16  # of the ring
-WANTED = (
-    0.147,
-    0.089,
-    0.067,
-    0.058,
-    0.054,
-)  # share of neurons that a sketch of 4, 5, ... bits wants where 1 in 20 fires
+# Of the length of a neuron and its input, what a score must have for 1 in 20 to fire, and the bound of a 4-bit sketch:
+# for normal weights and inputs (docs/log.md).
+_FIRES, _BOUND = 1.645, 0.596
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
 RUNTIME_BYTES = 24 << 20
 PAGE_TABLES = 512  # bytes of memory that a byte of its page tables maps: the kernel charges a cgroup for them, too
@@ -67,6 +64,7 @@ class Layer:
     predictor_bytes: int = 0
     lookahead_bytes: int = 0  # of the predictor by which an earlier layer starts this one's reads
     thresholded: bool = False  # the sketch serves gate `threshold`
+    rest: float = 1.0  # of an input's length, what the sketch's errors are bounded for
 
     @property
     def gate(self) -> str:
@@ -274,11 +272,16 @@ def _sketch_bits(sparse: Sequence[Layer], left: int, least: int) -> tuple[int, i
     best, lowest = (4, sum(layer.sketches[0] for layer in certified)), float("inf")
     for bits in range(4, 4 + min(len(layer.sketches) for layer in certified)):
         n_bytes = sum(layer.sketches[bits - 4] for layer in certified)
-        wanted = WANTED[bits - 4]
+        wanted = sum(_wanted(bits, layer.rest) for layer in certified) / len(certified)
         read = math.log(wanted) - max(0, left - n_bytes) / rows / (1.7 * wanted)  # its logarithm: it may be tiny
         if n_bytes + least <= left and read < lowest:
             best, lowest = (bits, n_bytes), read
     return best
+
+
+def _wanted(bits: int, rest: float) -> float:
+    """Share of neurons that a sketch of so many bits wants where 1 in 20 fires."""
+    return statistics.NormalDist().cdf(_BOUND * rest / 2 ** (bits - 4) - _FIRES)
 
 
 @dataclasses.dataclass(frozen=True)

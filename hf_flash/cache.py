@@ -19,7 +19,9 @@ from hf_flash.plan import IntArray
 from hf_flash.readers import Ticket
 from hf_flash.stats import FlashStats
 from hf_flash.store import MAX_GAP_BYTES, FlashLayer, FlashStore
-from hf_flash.window import Window
+from hf_flash.window import NOTHING, Window
+
+HALF_LIFE_OF_KNOWN = 256.0  # tokens, where scores begin with what was counted
 
 
 @dataclasses.dataclass
@@ -81,6 +83,7 @@ class NeuronCache:
         slots, first: memory shared with other layers, of which `n_slots` from the first on are this one's; without,
             memory of its own.
         keeps: whether neurons stay from one pass to the next.
+        use: [n_neurons] float32, share of tokens at which each fires; None where that is not known.
 
     Attributes:
         n_slots: slots that are this layer's now. n_used: of those, how many hold a neuron.
@@ -93,11 +96,11 @@ class NeuronCache:
 
     def __init__(
         self, store: FlashStore, layer: FlashLayer, n_slots: int, window: int, stats: FlashStats,
-        slots: Slots | None = None, first: int = 0, keeps: bool = True,
+        slots: Slots | None = None, first: int = 0, keeps: bool = True, use: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         self.state, self._keeps = np.zeros(4, np.int64), keeps
         self._store, self.layer, self._stats = store, layer, stats
-        self._window = window
+        self._window, self._use = window, use
         self.max_gap_rows = MAX_GAP_BYTES // layer.layout.row_bytes
         self.lock = threading.RLock()
         self.begin(n_slots, slots, first)
@@ -122,7 +125,11 @@ class NeuronCache:
         self._stats.add(cache_bytes=-self.n_used * row_bytes)
         clock = self.state[self._CLOCK : self._CLOCK + 1]
         self.n_used = clock[0] = 0
-        self.window = Window(self.layer.n_neurons, self._window, time=clock)
+        if self._use is None:
+            self.window = Window(self.layer.n_neurons, self._window, time=clock)
+        else:  # what was counted over many tokens is not to be forgotten within a few
+            use = self._use.numpy()
+            self.window = Window(self.layer.n_neurons, self._window, HALF_LIFE_OF_KNOWN, time=clock, use=use)
 
     def books(self) -> tuple[IntArray, IntArray, IntArray]:
         """Slot of each neuron [n_neurons] and neuron in each slot, -1 for none; slots owned: for the native step."""
@@ -201,6 +208,18 @@ class NeuronCache:
         finally:
             self.window.clock -= n_tokens
         return missing, ticket
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was counted how often each neuron fires."""
+        return self._use is not None
+
+    def likeliest(self) -> IntArray:
+        """Neurons for the free slots, sorted: those that fire most often, as far as that is known. Hold `lock`."""
+        worth = self.window.worth()
+        absent = np.flatnonzero((self._slot_of < 0) & (worth > NOTHING))
+        n = min(len(absent), self.n_slots - self.n_used)
+        return np.sort(absent[np.argsort(-worth[absent], kind="stable")[:n]])
 
     def keep(self, neurons: IntArray, rows: torch.Tensor) -> None:
         """Copy bundles that passed by in a sweep into slots, as far as they are not there and room is found.

@@ -1,7 +1,8 @@
 """Calibration: run a model over a text, under its cap, and learn from what its neurons did.
 
 What is learned goes into gates.safetensors of the flash checkpoint, the figures into config.json and the model card:
-predictors for gate `predicted`, and lookahead predictors if they are asked for. Nobody who needs this can hold the
+what is usual (usual.py), by which gate `certified` reads less; predictors for gate `predicted`, and lookahead
+predictors if they are asked for. Nobody who needs this can hold the
 dense model, so the flash model is run with gate `all`, which computes what the dense one does. Its FFN inputs and
 firing neurons are recorded on disk (recording.py), then one layer after the other is trained from there (fit.py). All
 of it is kept in a folder `.calibration` until the end: the same command goes on where an interrupted one stopped, and
@@ -28,7 +29,7 @@ from safetensors.torch import safe_open, save_file
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_flash import card, gate_file, hub, thresholds
+from hf_flash import card, gate_file, hub, thresholds, usual
 from hf_flash.checkpoint import WEIGHTS_INDEX, load_json
 from hf_flash.config import QUANT_METHOD, FlashConfig
 from hf_flash.corpus import check_text, sequences
@@ -48,6 +49,7 @@ from hf_flash.session import load_tokenizer, open_model
 from hf_flash.store import GATES_NAME, INDEX_NAME, flash_file_names
 from hf_flash.tap import watched_blocks
 
+GATES = ("certified", "predicted")
 _BATCH_TOKENS, _LENGTH = 2048, 512
 
 
@@ -87,9 +89,10 @@ class Findings:
 
 def calibrate(
     model: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    text: str | os.PathLike[str] | torch.Tensor,
     output: str | os.PathLike[str] | None = None,
     *,
+    gate: str | None = None,
     memory: int | str | None = None,
     recall: float = 0.99,
     precision: float = 0.5,
@@ -102,12 +105,14 @@ def calibrate(
     keep_recording: bool = False,
     progress: bool = True,
 ) -> Calibration:
-    """Train predictors for a model on a text.
+    """Learn from a text what gates can make use of.
 
     Args:
         model: a flash checkpoint folder, or with `output` also a stock folder or Hub repo, which is repacked first.
-        text: a UTF-8 file like what the model will read.
+        text: a UTF-8 file like what the model will read; or its token ids, [n_sequences, length] int64.
         output: folder for the calibrated checkpoint; by default `model` itself, in place.
+        gate: "certified" to learn what is usual and train no predictors, which takes a few passes of the text's tokens
+            and no more; "predicted" or None for both.
         memory: cap for running the model, as in FlashConfig.
         recall: share of the firing neurons that the gate `predicted` must read, on held-out text.
         precision: share of what it reads that must fire, where a rank can do that.
@@ -130,24 +135,45 @@ def calibrate(
     ahead = Target(lookahead_recall, min(precision, 0.3), epochs, seed) if lookahead else None
     if type(max_tokens) is not int or max_tokens < MIN_TOKENS:
         raise FlashConfigError(f"max_tokens={max_tokens!r}: give at least {MIN_TOKENS} tokens to learn from.")
-    digest = check_text(text)
+    if gate not in (None, *GATES):
+        raise FlashConfigError(f"gate={gate!r}: calibration is for {' or '.join(map(repr, GATES))}.")
+    if gate == "certified" and lookahead:
+        raise FlashConfigError("lookahead=True trains predictors, gate='certified' none: leave one of them out.")
+    digest = hashlib.sha256(text.numpy().tobytes()).hexdigest() if isinstance(text, torch.Tensor) else check_text(text)
     folder = _folder(model, output, trust_remote_code, progress)
     with only_writer(folder):
         preview = _preview(folder, memory, trust_remote_code)
         whispering = _never_silent(preview)
         ids = _token_ids(folder, text, preview, max_tokens, trust_remote_code)
+        source = {"text": "token ids" if isinstance(text, torch.Tensor) else Path(text).name, "n_tokens": ids.numel()}
+        if whispering and gate is not None:
+            raise FlashConfigError(
+                f"gate={gate!r} is for activations that are exactly zero below a threshold (ReLU); those of {folder} "
+                "are not. Leave the gate out: thresholds will be set for gate 'threshold'."
+            )
         if whispering:
             opened = open_model(preview, trust_remote_code=trust_remote_code)
             findings = _thresholds(opened, ids.split(preview.config.batch_size), progress)
         else:
             work = _work(folder, preview, digest, ids)
             recording = _record(preview, ids, work, trust_remote_code, progress)
-            findings = _predictors(recording, work, target, ahead, progress)
-        findings.report = {"text": Path(text).name, "n_tokens": ids.numel(), **findings.report}
+            findings = _usual(preview, recording, folder, source, trust_remote_code, progress)
+            if gate != "certified":
+                _publish(folder, findings)
+                findings = _predictors(recording, work, target, ahead, progress)
+        findings.report = {**source, **findings.report}
         _publish(folder, findings)
         if not keep_recording:
             shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
     return Calibration(folder, findings.report)
+
+
+def _joined(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """A report, with what an earlier one says of other subjects."""
+    before = load_json(folder / "config.json")["quantization_config"].get("calibration") or {}
+    if "predicted" in report or "threshold" in report:
+        return {**report, **({"usual": before["usual"]} if "usual" in before else {})}
+    return {**report, **before, "usual": report["usual"]}
 
 
 def _folder(
@@ -227,6 +253,12 @@ def _never_silent(preview: Preview) -> bool:
 
 
 def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
+    if isinstance(text, torch.Tensor):
+        if text.dim() != 2 or text.numel() < MIN_TOKENS:
+            raise FlashConfigError(
+                f"Token ids of shape {tuple(text.shape)}: expected [n_sequences, length], {MIN_TOKENS} or more."
+            )
+        return text[: max_tokens // text.shape[1]]
     tokenizer = load_tokenizer(str(folder), instead="Put the model's there.", trust_remote_code=trust_remote_code)
     assert preview.config.context is not None
     ids = sequences(text, tokenizer, preview.config.context, max_tokens)
@@ -259,6 +291,24 @@ def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:
 def _record(preview: Preview, ids: torch.Tensor, work: Path, trust_remote_code: bool, progress: bool) -> Recording:
     model = open_model(preview, trust_remote_code=trust_remote_code)
     return record(model, list(ids.split(preview.config.batch_size)), work / "recording", progress=progress)
+
+
+def _usual(
+    preview: Preview, recording: Recording, folder: Path, source: dict[str, Any], trust_remote_code: bool,
+    progress: bool,
+) -> Findings:  # fmt: skip
+    """What is usual of every layer, and what it means for the sketches that are there."""
+    found, gates, later = usual.learn(recording, progress), folder / GATES_NAME, None
+    if gates.is_file():
+        room = max(usual.scratch_bytes(block) for block in preview.blocks)
+        smaller = preview.with_options(memory=max(preview.smallest_cap, preview.config.cap() - room))
+        later = usual.known(open_model(smaller, trust_remote_code=trust_remote_code), gates, found, progress)
+    return Findings(
+        {f"{path}.use": of.use for path, of in found.items()}
+        | {f"{path}.sketch.directions": of.directions for path, of in found.items()},
+        {gate_file.USUAL_KEY: {path: {"rest": of.rest} for path, of in found.items()}},
+        {"usual": {**source, **usual.report(found)}}, (".sketch.directions", ".sketch.known", ".use"), later,
+    )  # fmt: skip
 
 
 def _thresholds(model: PreTrainedModel, batches: Sequence[torch.Tensor], progress: bool) -> Findings:
@@ -350,6 +400,7 @@ def _figures(target: Target, rows: list[tuple[dict[str, str], Fitted]]) -> dict[
 
 def _publish(folder: Path, findings: Findings) -> None:
     """Put what was found where readers look for it, each file at once."""
+    findings.report = _joined(folder, findings.report)
     header = {**findings.header, gate_file.CALIBRATION_KEY: findings.report}
     like = folder / flash_file_names(folder)[0]
     gate_file.rewrite(folder / GATES_NAME, findings.tensors, header, like, findings.instead_of, findings.later)

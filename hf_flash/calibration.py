@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Examples:\n\nhf-flash calibrate ./opt-6.7b-flash --text books.txt --memory 4GiB\n\n"
+    "hf-flash calibrate ./opt-6.7b-flash --text books.txt --gate certified --max-tokens 4096\n\n"
     "hf-flash calibrate facebook/opt-1.3b --text books.txt --output ./opt-1.3b-flash --lookahead"
 )
 TRAINING = "Training"
@@ -31,6 +32,14 @@ def calibrate(
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", show_default=False, help="Write here. Default: into MODEL itself."),
+    ] = None,
+    gate: Annotated[
+        Literal["certified", "predicted"] | None,
+        typer.Option(
+            metavar="GATE",
+            show_default=False,
+            help="certified: learn what is usual and train nothing; 4096 tokens do. Default: both, for ReLU.",
+        ),
     ] = None,
     memory: Memory = None,
     max_tokens: Annotated[
@@ -57,25 +66,28 @@ def calibrate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Train the predictors of the gate `predicted` on a text, for a model that need not fit into memory.
+    """Learn from a text what gates can make use of, for a model that need not fit into memory.
 
-    For SiLU and GELU models, which have nothing to predict, it sets the thresholds of the gate `threshold` instead.
+    For ReLU models: what is usual of their inputs and neurons, by which the lossless gate `certified` reads less; and,
+    without --gate certified, the predictors of the gate `predicted`. For SiLU and GELU models, which have nothing to
+    predict, the thresholds of the gate `threshold` instead.
 
-    Runs the repacked model under the cap, records on disk what its neurons do, and trains layer by layer. Writes
-    gates.safetensors and a report with recall, precision and neurons read by layer. An interrupted run goes on where it
-    stopped when the same command is given again.
+    Runs the repacked model under the cap, records on disk what its neurons do, and learns layer by layer. Writes
+    gates.safetensors and a report by layer. An interrupted run goes on where it stopped when the same command is given
+    again.
     """
     quiet()
     from hf_flash.calibrate import calibrate as train
 
     made = train(
-        model, text, output, memory=memory, recall=recall, precision=precision, lookahead=lookahead,
+        model, text, output, gate=gate, memory=memory, recall=recall, precision=precision, lookahead=lookahead,
         max_tokens=max_tokens, epochs=epochs, seed=seed, trust_remote_code=trust_remote_code,
         keep_recording=keep_recording,
     )  # fmt: skip
     report(made.to_dict(), _view(made.report), as_json)
-    gate = "threshold --sparsity 0.5" if "threshold" in made.report else "predicted"
-    hint(f"next: hf-flash run {made.folder} --gate {gate} --memory SIZE --prompt TEXT")
+    asked = "" if gate == "certified" else "--gate predicted "
+    asked = "--gate threshold --sparsity 0.5 " if "threshold" in made.report else asked
+    hint(f"next: hf-flash run {made.folder} {asked}--memory SIZE --prompt TEXT")
 
 
 def _view(figures: dict[str, Any]) -> RenderableType:
@@ -86,6 +98,17 @@ def _view(figures: dict[str, Any]) -> RenderableType:
     from hf_flash.layout import format_size
 
     tables: list[RenderableType] = []
+    if "usual" in figures:
+        part = figures["usual"]
+        title = "gate certified: of inputs' length, what no known direction holds; neurons that fire"
+        table = Table(title=title, title_justify="left", box=None)
+        for column in ("layer", "rest", "fire"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for row in part["layers"]:
+            table.add_row(row["layer"], f"{row['rest']:.1%}", f"{row['fired']:.2%}")
+        table.add_section()
+        table.add_row("all", f"{part['rest']:.1%}", f"{part['fired']:.2%}")
+        tables.append(table)
     for name, title in (("predicted", "gate predicted"), ("lookahead", "lookahead, from the layer before")):
         if name not in figures:
             continue

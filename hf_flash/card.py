@@ -69,7 +69,24 @@ def write_calibration(folder: Path, report: dict[str, Any]) -> None:
 
 def _calibration_section(report: dict[str, Any]) -> str:
     """Markdown: what was learned, by layer."""
-    return _threshold_section(report) if "threshold" in report else _predictor_section(report)
+    if "threshold" in report:
+        return _threshold_section(report)
+    parts = [_usual_section(report["usual"])] if "usual" in report else []
+    if "predicted" in report:
+        parts.append(_predictor_section(report))
+    return "\n".join(parts)
+
+
+def _usual_section(part: dict[str, Any]) -> str:
+    lines = [
+        "## What is usual\n",
+        f"Learned from {part['n_tokens']:,} tokens of `{part['text']}`, for the gate `certified` and for caches; it "
+        "changes no answer. Rest: of the length of a layer's inputs, what lies in none of its known directions; what "
+        "rounding may hide grows with that alone. Fire: neurons per token.\n",
+        "| layer | rest | fire |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    lines += [f"| `{row['layer']}` | {row['rest']:.1%} | {row['fired']:.2%} |" for row in part["layers"]]
+    return "\n".join([*lines, ""])
 
 
 def _threshold_section(report: dict[str, Any]) -> str:

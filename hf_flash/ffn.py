@@ -99,6 +99,18 @@ class FlashFFN(nn.Module):
         """The block's own activation. Its module keeps its stock name (`act` in GPT-2): this must not be one."""
         return self._act_home[self._act_name]  # type: ignore[no-any-return]
 
+    def deciding_rows(self) -> torch.Tensor:
+        """The matrix by which neurons fire, gate or else up, read from flash: [d_ffn, d_model]. Needs gate `all`."""
+        assert self.engine is not None
+        out: torch.Tensor | None = None
+        with self.engine.pieces(torch.zeros(1, self.block.d_model), self.biases()) as pieces:
+            for neurons, gate, up, _ in pieces:
+                rows = up if gate is None else gate
+                out = torch.empty(self.block.d_ffn, self.block.d_model, dtype=rows.dtype) if out is None else out
+                out[neurons] = rows
+        assert out is not None
+        return out
+
     def biases(self) -> ops.Biases:
         """The stock biases, sliced for this block's parts, in the order of the rows on flash.
 

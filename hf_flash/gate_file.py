@@ -18,18 +18,20 @@ import torch
 from hf_flash.families import FFNBlock
 from hf_flash.format import ORDER_KEY, SOURCE_KEY, VERSION_KEY, TensorFile, TensorFileWriter, TensorSpec, read_header
 from hf_flash.gates import Predictor, Sketch
-from hf_flash.gates.certified import SKETCH_KIND, sketch_tensors
+from hf_flash.gates.certified import GROUP, SKETCH_KIND, sketch_tensors
+from hf_flash.gates.known import Known, known_tensors, levels
 from hf_flash.gates.predicted import TENSORS
-from hf_flash.memory import Take, aligned_empty
+from hf_flash.memory import Take, aligned_empty, round_up
 from hf_flash.store import DTYPE_NAMES, read_checked
 
 GATES_KEY = "hf_flash.gates"  # header metadata: module path -> its sketch
 PREDICTORS_KEY = "hf_flash.predictors"  # module path -> its predictor
 LOOKAHEAD_KEY = "hf_flash.lookahead"  # module path -> its predictor from another module's input
 THRESHOLDS_KEY = "hf_flash.thresholds"  # module path -> its table of thresholds
+USUAL_KEY = "hf_flash.usual"  # module path -> what is usual of its inputs and neurons
 CALIBRATION_KEY = "hf_flash.calibration"  # what calibration measured
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
-_NAMES = {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", **DTYPE_NAMES}
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "BF16": torch.bfloat16, "F32": torch.float32}
+_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int64: "I64", torch.int32: "I32", **DTYPE_NAMES}
 
 
 class GateFile:
@@ -38,6 +40,7 @@ class GateFile:
     Attributes:
         sketches, predictors, lookahead: what the header says of each, by module path; other kinds are left out.
         thresholds: what the header says of the tables for gate `threshold`, by module path.
+        usual: what it says of a layer's usual inputs, by module path: "rest" as in usual.py.
         calibration: what was measured when the others were made, {} without.
 
     Raises:
@@ -50,14 +53,27 @@ class GateFile:
         self.sketches = {path: kind for path, kind in kinds.items() if kind.get("kind") == SKETCH_KIND}
         self.predictors, self.lookahead = _json(self._file, PREDICTORS_KEY), _json(self._file, LOOKAHEAD_KEY)
         self.thresholds = _json(self._file, THRESHOLDS_KEY)
+        self.usual = _json(self._file, USUAL_KEY)
         self.calibration = _json(self._file, CALIBRATION_KEY)
 
-    def sketch(self, path: str, bits: int, take: Take = aligned_empty) -> Sketch:
-        """The first `bits` bits of a module's sketch, in memory that `take` gives."""
+    def sketch(self, path: str, bits: int, take: Take = aligned_empty, known: bool = True) -> Sketch:
+        """The first `bits` bits of a module's sketch, in memory that `take` gives; with what is known of it, or not."""
         get = lambda name: self._tensor(f"{path}.sketch.{name}", take)  # noqa: E731
         planes = [get(f"plane{i}") for i in range(5, bits + 1)]
         d_model = self.sketches[path]["d_model"]
-        return Sketch(get("nibbles"), planes, get("step"), get("norm"), get("dither"), d_model)
+        sketch = Sketch(get("nibbles"), planes, get("step"), get("norm"), get("dither"), d_model)
+        if known and self.knows(path):
+            codes = {b: get(f"known{b}") for b in levels(bits)}
+            sketch.known = Known(get("directions"), codes, {b: get(f"known{b}_step") for b in levels(bits)})
+        return sketch
+
+    def knows(self, path: str) -> bool:
+        """Whether there is what is known of a module's sketch."""
+        return path in self.usual and f"{path}.sketch.known4" in self._file.entries
+
+    def use(self, path: str) -> torch.Tensor | None:
+        """How often each of a module's neurons fires, [n] float32, 0 to 1; None where nobody counted."""
+        return self._tensor(f"{path}.use") if path in self.usual else None
 
     def predictor(self, path: str, lookahead: bool = False) -> Predictor:
         """A module's predictor, or the one that sees another module's input; in anonymous memory."""
@@ -86,6 +102,13 @@ def sketch_specs(blocks: Iterable[FFNBlock], bits: int) -> list[TensorSpec]:
         for block in blocks
         for name, spec in sketch_tensors(block.d_ffn, block.d_model, bits).items()
     ]
+
+
+def known_specs(block: FFNBlock, bits: int) -> list[TensorSpec]:
+    """The tensors that say what is known of one sketch, of all sketches that it contains; directions apart."""
+    groups = round_up(block.d_model, GROUP) // GROUP
+    specs = known_tensors(block.d_ffn, groups, range(4, bits + 1))
+    return [TensorSpec(f"{block.path}.sketch.{name}", *spec) for name, spec in specs.items() if name != "directions"]
 
 
 def sketch_kinds(blocks: Iterable[FFNBlock], bits: int) -> dict[str, dict[str, Any]]:

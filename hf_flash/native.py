@@ -89,7 +89,7 @@ def _bind(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.hf_flash_sparse_ffn.argtypes = [_P, _I, _I, _I, _P, _I, _P, _I, _P, _P, _N, _N, _N, _N, _F, _P]
     lib.hf_flash_gate.restype = _I
     lib.hf_flash_gate.argtypes = [
-        _P, _I, _I, _I, *[_P] * 9, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
+        _P, _I, _I, _I, *[_P] * 10, _N, *[_F] * 8, _P, _P, _F, _P, _P, _P, _P,
     ]  # fmt: skip
     lib.hf_flash_layers.restype = _N
     lib.hf_flash_layers.argtypes = [_P]
@@ -294,10 +294,12 @@ def gate(
     if decided is not None:
         marks[decided] = _PASSED_OVER
     planes = [plane.data_ptr() for plane in sketch.planes] + [None] * (4 - len(sketch.planes))
+    known = None if sketch.known is None else sketch.known.as_native(sketch.bits)
     start = time.perf_counter()
     n_ids = _lib.hf_flash_gate(
         x32.data_ptr(), x.shape[0], sketch.d_model, n, sketch.nibbles.data_ptr(), *planes,
-        sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(), pointer(bias), sketch.bits,
+        sketch.step.data_ptr(), sketch.norm.data_ptr(), offset.data_ptr(),
+        None if known is None else ctypes.addressof(known), pointer(bias), sketch.bits,
         -1.0 if tail is None else tail, gamma, per_norm, tiny, unit, threshold, *judged, ids.ctypes.data,
         marks.data_ptr(), upper_tail, None, None, None, None,
     )  # fmt: skip

@@ -205,6 +205,19 @@ class SparseEngine(Engine):
                 self._forget()
                 raise
 
+    def fill(self) -> None:
+        """Have in the free slots what fires most often, where that is known.
+
+        Raises:
+            ReadError: flash failed.
+        """
+        with self.cache.lock:
+            try:
+                self._wait(self.cache.prefetch(self.cache.likeliest(), 0)[1])
+            except BaseException:
+                self._forget()
+                raise
+
     def _land(self) -> None:
         """Wait for what was read ahead, before anyone looks into the slots."""
         self._wait(self._ahead)

@@ -34,7 +34,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *[(name, _I) for name in ("d", "d_out", "n")],
-        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P),
+        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("known", _P),
         ("arithmetic", _F * 4 * 3),
         ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I), ("upper_tail", _F),
         *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows", "state")],
@@ -83,6 +83,10 @@ class NativeStep:
         for i, plane in enumerate(sketch.planes):
             s.planes[i] = plane.data_ptr()
         s.offset, s.bits, s.bar = self._offset.data_ptr(), sketch.bits, gate.bar
+        if sketch.known is not None:
+            known = sketch.known.as_native(sketch.bits)
+            self._keep.append(known)
+            s.known = ctypes.addressof(known)
         s.tail, s.upper_tail = -1.0 if gate.tail is None else gate.tail, gate.upper_tail_number
         s.least, s.most = INPUTS
         for i, dtype in enumerate(_DTYPES):

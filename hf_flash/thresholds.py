@@ -91,24 +91,11 @@ def sketches(model: PreTrainedModel, bits: int, progress: bool = True) -> Later:
 
     def made() -> Iterator[tuple[str, torch.Tensor]]:
         for ffn in tqdm(ffns, desc="Sketches", unit="layer", disable=not progress):
-            sketch = Sketch.of(_deciding_rows(ffn), bits, seed=ffn.block.index)
+            sketch = Sketch.of(ffn.deciding_rows(), bits, seed=ffn.block.index)
             for name, tensor in sketch.tensors().items():
                 yield f"{ffn.block.path}.sketch.{name}", tensor
 
     return Later(sketch_specs([ffn.block for ffn in ffns], bits), made())
-
-
-def _deciding_rows(ffn: FlashFFN) -> torch.Tensor:
-    """The gate matrix of an FFN, or its up matrix where there is no gate: [d_ffn, d_model]."""
-    assert ffn.engine is not None
-    out: torch.Tensor | None = None
-    with ffn.engine.pieces(torch.zeros(1, ffn.block.d_model), ffn.biases()) as pieces:
-        for neurons, gate, up, _ in pieces:
-            rows = up if gate is None else gate
-            out = torch.empty(ffn.block.d_ffn, ffn.block.d_model, dtype=rows.dtype) if out is None else out
-            out[neurons] = rows
-    assert out is not None
-    return out
 
 
 def report(model: PreTrainedModel, levels: dict[str, torch.Tensor], bits: int) -> dict[str, Any]:

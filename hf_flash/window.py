@@ -4,8 +4,9 @@
 reads, and the last tokens alone say little of the next ones: here every neuron has a score that halves with every
 `half_life` tokens and grows by one with every use, and the least go first. Just after a use the score counts fourfold,
 which fades over some ten tokens: a soft window. A neuron keeps its score when it is evicted, so one that comes back
-often is known again. The paper's window can be had on top: its neurons go last then. On real traces that reads more
-(docs/log.md), so it is not the default.
+often is known again. Where somebody counted how often neurons fire (usual.py), scores begin with that. The paper's
+window can be had on top: its neurons go last then. On real traces that reads more (docs/log.md), so it is not the
+default.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from hf_flash.plan import IntArray
 
 _NEVER = -1e300
+NOTHING = -1e299  # what is worth no more was never used
 # log2 of what a score counts for more, by tokens since the last use; 0 beyond.
 LATELY: npt.NDArray[np.float64] = np.append(2 * np.exp2(-np.arange(31) / 4), 0.0)
 
@@ -27,15 +29,20 @@ class Window:
         n_neurons: neurons to keep account of.
         n_tokens: k, the tokens whose neurons are kept before any other; 0 for none.
         half_life: tokens after which the score of an unused neuron halves.
+        use: [n_neurons] share of tokens at which each is used, as far as that is known.
         time: [1] where the clock is kept, zero at first; memory of its own without.
     """
 
     def __init__(
-        self, n_neurons: int, n_tokens: int = 0, half_life: float = 64.0, time: IntArray | None = None
-    ) -> None:
+        self, n_neurons: int, n_tokens: int = 0, half_life: float = 64.0, time: IntArray | None = None,
+        use: npt.NDArray[np.float32] | None = None,
+    ) -> None:  # fmt: skip
         self._last = np.full(n_neurons, -(1 << 40), dtype=np.int64)  # clock of the last use
         # log2 of the score as of the last use, + that time in half lives: in this form it does not change with time.
         self._key = np.full(n_neurons, _NEVER, dtype=np.float64)
+        if use is not None:
+            used = np.flatnonzero(use > 0)
+            self._key[used] = np.log2(use[used] / (1 - 2 ** (-1 / half_life)))
         self.n_tokens, self.half_life = n_tokens, half_life
         self._time = np.zeros(1, np.int64) if time is None else time
 

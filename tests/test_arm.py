@@ -148,7 +148,7 @@ def test_gate(arm: Call, bits: int, n_tokens: int) -> None:
     planes = [*sketch.planes, *[None] * (4 - len(sketch.planes))]
     per_norm, tiny = gate.per_norm(x.dtype)
     n_ids = arm(
-        "gate", x.float(), n_tokens, d, n, sketch.nibbles, *planes, sketch.step, sketch.norm, sketch.offset(),
+        "gate", x.float(), n_tokens, d, n, sketch.nibbles, *planes, sketch.step, sketch.norm, sketch.offset(), None,
         bias.float(), bits, float(gate.tail or 0), gate.gamma(), per_norm, tiny, 2.0**-8, gate.bar, 2.0**-24, 2.0**60,
         ids, marks, float("nan"), None, None, None, None,
     )  # fmt: skip

@@ -4,6 +4,7 @@ The truth is what the dense model's own arithmetic gives: `F.linear` in the dtyp
 activation; a neuron fires where that is not zero.
 """
 
+import dataclasses
 import math
 
 import hypothesis.strategies as st
@@ -19,6 +20,7 @@ from hf_flash.families import FATReLU, zero_below
 from hf_flash.gates import certified
 from hf_flash.gates.ago import NEVER
 from hf_flash.gates.certified import GROUP, CertifiedGate, Sketch, join_codes, sketch_bytes, split_codes
+from hf_flash.gates.known import MOST_NORM, N_DIRECTIONS, directions_of, known_tensors, levels, rest_of
 from hf_flash.plan import IntArray
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -73,19 +75,28 @@ def count_missed(
     st.sampled_from(["normal", "heavy", "sparse", "equal"]), st.sampled_from(["normal", "heavy", "sparse", "equal"]),
     st.integers(-40, 10), st.integers(-40, 10), st.sampled_from(["none", "low", "high", "edge"]),
     st.sampled_from([0.0, 0.0, 1e-6, 0.01, 0.5028]), st.sampled_from([0.0, 1e-9]), st.integers(0, 1 << 30),
+    st.sampled_from(["", "its own", "others"]),
 )  # fmt: skip
 def test_no_drawn_neuron_is_missed(
     d_model: int, n: int, n_tokens: int, bits: int, stored: torch.dtype, dtype: torch.dtype, weight_tail: str,
     input_tail: str, weight_scale: int, input_scale: int, kind: str, threshold: float, delta: float, seed: int,
+    known: str,
 ) -> None:  # fmt: skip
-    """`edge` biases put every decision of the first token where rounding decides it."""
+    """`edge` biases put every decision of the first token where rounding decides it.
+
+    In directions of the inputs themselves nothing is left to bound: then all rests on what arithmetic is given.
+    """
     weight = (draw((n, d_model), weight_tail, seed) * 2.0**weight_scale).to(stored)
     x = (draw((n_tokens, d_model), input_tail, seed + 1) * 2.0**input_scale).to(dtype)
     edge = threshold - x[0].double() @ weight.double().t()
     bias = {"none": None, "low": -edge.abs(), "high": edge.abs(), "edge": edge}[kind]
     bias = None if bias is None else bias.to(dtype)
     act = FATReLU(threshold) if threshold else nn.ReLU()
-    gate = CertifiedGate(Sketch.of(weight, bits, seed + 2), delta, threshold, stored)
+    sketch = Sketch.of(weight, bits, seed + 2)
+    if known:
+        seen = x if known == "its own" else draw((20, d_model), input_tail, seed + 3)
+        sketch = sketch.knowing(weight, directions_of(seen.float(), sketch.step.shape[1]))
+    gate = CertifiedGate(sketch, delta, threshold, stored)
     assert count_missed(gate, x, weight, bias, act) == 0
 
 
@@ -341,6 +352,65 @@ def test_the_precision_of_float32_products_is_asked_for() -> None:
         assert certified._operand_unit() >= 2.0**-7
     finally:
         matmul.fp32_precision = before
+
+
+def test_what_is_left_to_bound_fails_no_more_often_than_delta() -> None:
+    """As above, of an input of which a known direction holds half: the rest is bounded, and no wider than need be."""
+    d_model, n_draws, delta = 256, 3000, 0.5
+    weight, x = half_steps(1, d_model), draw((1, d_model), "normal", 6).float()
+    aside = draw((1, d_model), "normal", 7).float()
+    aside -= (aside @ x.t()) / (x @ x.t()) * x
+    u = torch.zeros(N_DIRECTIONS, d_model, dtype=torch.bfloat16)
+    u[0] = torch.nn.functional.normalize(x / x.norm() + aside / aside.norm(), dim=-1)  # at 45 degrees
+    z, missed, wider = (x.double() @ weight.double().t()).item(), 0.0, []
+    for seed in range(n_draws):
+        sketch = Sketch.of(weight, 8, seed)
+        plain, gate = CertifiedGate(sketch, delta), CertifiedGate(sketch.knowing(weight, u), delta)
+        missed += (gate.upper(x) < z).item() / n_draws
+        if seed < 20:
+            middles = sketch.dequantize() @ x.t(), gate.sketch.known.score(*gate._measure(x)[:1], 8)
+            wider.append((plain.upper(x) - middles[0]) / (gate.upper(x) - sum(middles)))
+    assert missed <= delta
+    assert missed > 0.05, "the bound is far from tight here, so nothing was tested"
+    assert 1.25 < torch.cat(wider).mean() < 1.45  # sqrt(2), less what arithmetic adds to both
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_known_of_errors_is_what_they_do(bits: int) -> None:
+    weight = draw((600, 150), "heavy", bits).bfloat16()
+    weight[5] = float("nan")  # a neuron that is always wanted
+    u = directions_of(draw((40, 150), "normal", 3).float(), 3)
+    sketch = Sketch.of(weight, bits, 9)
+    known = sketch.knowing(weight, u).known
+    assert known is not None and list(known.codes) == list(range(4, bits + 1))
+    assert u.shape == (N_DIRECTIONS, 192) and not u[:, 150:].any()
+    assert (u.float().norm(dim=-1) <= MOST_NORM).all()
+    for b in range(4, bits + 1):
+        error = weight.double() - sketch.with_bits(b).dequantize().double()
+        off = error @ u[:, :150].double().t() - known.codes[b].double() * known.steps[b].double().unsqueeze(-1)
+        fine = sketch.norm.isfinite()
+        assert (off.abs() <= known.steps[b].double().unsqueeze(-1) * (0.5 + 1e-6))[fine].all()
+        assert not fine[5] and not known.codes[b][5].any()
+    held = known.tensors(bits)
+    spec = known_tensors(600, 3, levels(bits))
+    assert {n: (tuple(t.shape), t.nbytes) for n, t in held.items()} == {n: s[1:] for n, s in spec.items()}
+    whole = dataclasses.replace(sketch, known=known)
+    assert whole.n_bytes == sketch_bytes(600, 150, bits, known=True)
+
+
+def test_directions_hold_what_inputs_share() -> None:
+    torch.manual_seed(0)
+    shared = torch.randn(5, 200)
+    x = torch.randn(500, 5) @ shared + 0.1 * torch.randn(500, 200)
+    x[7] = float("inf")  # one that is no number says nothing
+    other, before = torch.randn(50, 200), torch.get_rng_state()
+    u = directions_of(x, 4)
+    assert rest_of(x[100:], u) < 0.1
+    assert rest_of(other, u) > 0.9
+    assert torch.equal(directions_of(x, 4), u)  # the same from the same
+    assert torch.equal(torch.get_rng_state(), before)  # and nobody else's dice are thrown
+    assert not directions_of(torch.zeros(3, 200), 4)[3:].any()
+    assert rest_of(torch.zeros(3, 200), u) == 0
 
 
 @pytest.mark.parametrize("bits", BITS)

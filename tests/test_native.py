@@ -16,6 +16,7 @@ from transformers.activations import ReLUSquaredActivation
 
 from hf_flash import FATReLU, native, ops, packing
 from hf_flash.gates import CertifiedGate, Sketch
+from hf_flash.gates.known import directions_of
 from hf_flash.layout import BundleLayout
 
 pytestmark = pytest.mark.skipif(
@@ -121,14 +122,19 @@ def test_sparse_ffn_of_no_slots_is_zero() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("delta", [0.0, 1e-9])
 @pytest.mark.parametrize("biased", [False, True])
-def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_gate_scan_decides_as_the_reference(bits, dtype, delta, biased, known) -> None:
     torch.manual_seed(bits)
     n, d_model = 700, 100  # d_model is no multiple of the group: the last one is padded
     weight = (torch.randn(n, d_model) * torch.rand(n, 1)).to(dtype)
     bias = (torch.randn(n) - 0.5).to(dtype) if biased else None
-    gate = CertifiedGate(Sketch.of(weight, bits), delta, 0.0, dtype)
+    sketch, usual = Sketch.of(weight, bits), torch.randn(3, d_model)
+    inputs = lambda n: (torch.randn(n, 3) @ usual + torch.randn(n, d_model)) / 2  # noqa: E731
+    if known:
+        sketch = sketch.knowing(weight, directions_of(inputs(50), sketch.step.shape[1]))
+    gate = CertifiedGate(sketch, delta, 0.0, dtype)
     for n_tokens in (1, 2, 8):
-        x = torch.randn(n_tokens, d_model).to(dtype)
+        x = inputs(n_tokens).to(dtype)
         ids, ago = gate.decide(x, bias)
         any_token = torch.zeros(n, dtype=torch.bool).index_fill_(0, torch.from_numpy(ids), True)
         upper = gate.upper(x, bias)

@@ -77,3 +77,20 @@ def test_what_was_never_used_goes_first() -> None:
     window.tick()
     window.use(np.array([0, 2]))
     assert window.least(1, np.array([2, 1, 0])).tolist() == [1]
+
+
+def test_a_window_that_was_told_begins_as_if_it_had_watched() -> None:
+    """What fires at every second token, and at every eighth, is worth what long watching would have made it worth."""
+    told = Window(3, half_life=32, use=np.array([0.5, 0.125, 0.0], np.float32))
+    watched = Window(3, half_life=32)
+    for token in range(2000):
+        watched.tick()
+        if token % 2 == 0:
+            watched.use(np.array([0]))
+        if token % 8 == 0:
+            watched.use(np.array([1]))
+    watched.tick(40)  # the soft window is over
+    faded = watched.worth() + 40 / 32
+    assert np.abs(told.worth() - faded)[:2].max() < 0.2
+    assert told.worth()[2] == watched.worth()[2] == -1e300  # nothing is known
+    assert list(told.least(2, np.arange(3))) in ([2, 1], [1, 2])

@@ -19,6 +19,7 @@ struct Sketch {
   const uint64_t *planes[4];   // [n, groups] each: the next bits; bit j is that of code j
   const uint16_t *step;        // [n, groups] bf16: the step of 4 bits
   const float *norm, *bias;    // [n]; bias may be null
+  const Known *known;          // null: nothing is
   int64_t groups;
   int bits;
 };
@@ -26,7 +27,8 @@ struct Sketch {
 struct Inputs {
   int64_t T;                                     // at most MAX_TOKENS
   const float *x;                                // [T, groups * 64], zero-padded
-  const float *constant, *squares, *norms;       // [T, groups]: what codes leave out; |x_g|^2 and |x_g| from above
+  const float *constant, *squares, *norms;       // [T, groups]: what codes leave out; |r_g|^2 and |r_g| from above
+  const float *along, *half;  // [T, N_DIRECTIONS]: of x in the known directions, r is the rest; [T]: what their steps hide
   const float *size;                             // [T]: |x|, infinite where the token is not judged
   uint8_t mark, last_mark;                       // of a neuron that one of them wants; that the last one wants
   float tail, gamma, per_norm, tiny, unit, threshold;  // tail < 0: the deterministic bound alone
@@ -49,6 +51,13 @@ CLONES void measure(const float *x, const float *offset, float *shift, float *sq
     c += x[j] * offset[j], q += x[j] * x[j], most = a > most ? a : most;
   }
   *shift = c, *squares = q, *largest = most;
+}
+
+// The norm of a group's entries.
+CLONES float norm2(const float *x) {
+  float q = 0;
+  for (int j = 0; j < GROUP; j++) q += x[j] * x[j];
+  return std::sqrt(q);
 }
 
 // A group's entries in whole numbers of `unit`, in two bytes each: half of the group from `to`, the others from to + GROUP.
@@ -107,6 +116,28 @@ INLINE uint64_t word(const uint64_t *plane, int64_t at) {
   return bits;
 }
 
+// x [n] = along [N_DIRECTIONS] times directions + rest [n]; returns sum_k |along_k|.
+CLONES float split_off(const uint16_t *directions, int64_t n, const float *x, float *along, float *rest) {
+  float all = 0;
+  std::memcpy(rest, x, static_cast<size_t>(n) * sizeof(float));
+  for (int k = 0; k < N_DIRECTIONS; k++) {
+    float sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += x[j] * from_bf16(directions[k * n + j]);
+    along[k] = sum, all += std::fabs(sum);
+  }
+  for (int k = 0; k < N_DIRECTIONS; k++)
+    for (int64_t j = 0; j < n; j++) rest[j] -= along[k] * from_bf16(directions[k * n + j]);
+  return all;
+}
+
+// The most that is known of what the rounding of neuron i takes from token t's score, by the upper bits or all.
+INLINE float known_score(const Sketch *s, const Inputs *in, bool upper, int64_t i, int64_t t) {
+  const int8_t *code = (upper ? s->known->upper : s->known->all) + i * N_DIRECTIONS;
+  float sum = in->half[t];
+  for (int k = 0; k < N_DIRECTIONS; k++) sum += in->along[t * N_DIRECTIONS + k] * code[k];
+  return sum * (upper ? s->known->upper_step : s->known->all_step)[i];
+}
+
 // The most that neuron i can be for token t, by `bits` of its code. `score` is in steps of 4 bits, as `squares` and `sure`.
 INLINE float most(const Sketch *s, const Inputs *in, int bits, float tail, int64_t i, int64_t t, float score, float squares,
                   float sure) {
@@ -117,6 +148,7 @@ INLINE float most(const Sketch *s, const Inputs *in, int bits, float tail, int64
     bound = h < bound ? h : bound;
   }
   float v = score + bound * (1 + 1.0f / 4096) + in->size[t] * (s->norm[i] * in->per_norm + in->tiny);
+  if (s->known) v += known_score(s, in, bits == 4, i, t);
   v += s->norm[i] * in->rest;
   v += in->unit * std::fabs(v);
   if (s->bias) {
@@ -201,12 +233,21 @@ struct Scores {
   alignas(64) float score[JUDGED], squares[JUDGED], sure[JUDGED];
 };
 
+// What is to be summed for what is known of neuron i by its upper bits.
+INLINE __m512 known_sum(const Sketch *s, const Inputs *in, int64_t i) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(s->known->upper + i * N_DIRECTIONS));
+  const __m512 half = _mm512_maskz_mov_ps(1, _mm512_set1_ps(in->half[0]));
+  const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)), _mm512_loadu_ps(in->along), half);
+  return _mm512_mul_ps(sum, _mm512_set1_ps(s->known->upper_step[i]));
+}
+
 // What is to be summed for the score of neuron i, its squares and norms, 16 of each. `next`: a neuron to fetch meanwhile.
 // Neuron by neuron, as they lie: what shared the loads of the inputs among four was a fifth slower from DRAM.
 INLINE void add_nibbles(const Sketch *s, const Inputs *in, int64_t i, int64_t next, __m512 *sum, __m512 *squares, __m512 *sure) {
   const uint8_t *from = s->nibbles + i * s->groups * 32, *ahead = s->nibbles + next * s->groups * 32;
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512 score = _mm512_setzero_ps(), square = score, norm = score;
+  if (s->known) score = known_sum(s, in, i);
   for (int64_t block = 0; block < s->groups; block += 16) {
     const __m512 step = steps16(s, i, block), factor = _mm512_mul_ps(step, _mm512_load_ps(in->scale + block));
     fetch(s->step + next * s->groups + block);
@@ -344,7 +385,8 @@ template <int BITS> void scan_whole(const Sketch *s, const Inputs *in, int64_t b
     last = before;  // they are told again: of many fetches at once a core drops some
   }
   for (const Undecided &u : undecided) {
-    const float score = u.score + by_planes<BITS>(s, in, u.i) / (1 << (BITS - 4));
+    float score = u.score + by_planes<BITS>(s, in, u.i) / (1 << (BITS - 4));
+    if (s->known) score -= known_score(s, in, true, u.i, 0);  // `most` has that of all bits
     wanted[u.i] = reaches(in, most(s, in, BITS, in->tail, u.i, 0, score, u.squares, u.sure)) ? in->last_mark : 0;
   }
 }
@@ -380,19 +422,22 @@ extern "C" {
 //
 // One token's neurons may be found silent by the upper 4 bits alone, by a bound of `upper_tail`, if that is not NaN.
 // near [n], where it is not null, <- by how much each of one token's neurons may fire, by the bits that were looked at first.
+// `known`, where it is not null: what of the sketch's errors need not be bounded.
 // list [n], where it is not null: the neurons to look at, sorted, instead of the first n; marks and near are by neuron.
 //
 // `found`, where it is not null, is called meanwhile, by the calling thread: found(arg, n, end) when all neurons below
 // `end` are decided and n ids are there.
 int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uint8_t *nibbles, const uint64_t *plane5,
                       const uint64_t *plane6, const uint64_t *plane7, const uint64_t *plane8, const uint16_t *step,
-                      const float *norm, const float *offset, const float *bias, int bits, float tail, float gamma,
+                      const float *norm, const float *offset, const Known *known, const float *bias, int bits, float tail, float gamma,
                       float per_norm, float tiny, float unit, float threshold, float least, float most, int64_t *ids,
                       uint8_t *marks, float upper_tail, float *near, const int32_t *list, Found found, void *arg) {
   const int64_t groups = (d + GROUP - 1) / GROUP;
-  const Sketch s{nibbles, {plane5, plane6, plane7, plane8}, step, norm, bias, groups, bits};
+  const Sketch s{nibbles, {plane5, plane6, plane7, plane8}, step, norm, bias, known, groups, bits};
   std::vector<float> padded(static_cast<size_t>(T * groups * GROUP), 0.0f), sums(static_cast<size_t>(4 * T * groups + 16)),
       size(static_cast<size_t>(T)), planes_constant(static_cast<size_t>(groups + 16));
+  std::vector<float> along(static_cast<size_t>(known ? T * N_DIRECTIONS : 0)), half(static_cast<size_t>(known ? T : 0));
+  std::vector<float> rest(static_cast<size_t>(known ? groups * GROUP : 0));
   float *constant = sums.data(), *squares = constant + T * groups, *norms = squares + T * groups;
   float *largest = norms + T * groups + 16;
   for (int64_t t = 0; t < T; t++) {
@@ -404,6 +449,15 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
       q *= 1 + 1.0f / 65536;
       squares[i] = q, norms[i] = std::sqrt(q);
       all += q, high = largest[i] > high ? largest[i] : high;
+    }
+    if (known) {
+      float *a = along.data() + t * N_DIRECTIONS;
+      const float lengths = split_off(known->directions, groups * GROUP, to, a, rest.data());
+      half[static_cast<size_t>(t)] = 0.5f * lengths * (1 + 1.0f / 4096);
+      for (int64_t i = t * groups, g = 0; g < groups; g++, i++) {
+        const float of_rest = norm2(rest.data() + g * GROUP) + 0x1p-18f * (norms[i] + lengths);
+        norms[i] = of_rest * (1 + 1.0f / 65536), squares[i] = norms[i] * of_rest;
+      }
     }
     const bool finite = high <= most && all == all;  // NaN is not larger than anything, but a sum of squares is NaN
     size[static_cast<size_t>(t)] = finite && (high == 0 || high >= least) ? std::sqrt(all) : INFINITY;
@@ -422,7 +476,7 @@ int64_t hf_flash_gate(const float *x, int64_t T, int64_t d, int64_t n, const uin
     t = std::max<int64_t>(0, end - MAX_TOKENS);
     const uint8_t mark = static_cast<uint8_t>(LAST + 1 + some.size());
     some.push_back({end - t, padded.data() + t * groups * GROUP, constant + t * groups, squares + t * groups,
-                    norms + t * groups, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
+                    norms + t * groups, known ? along.data() + t * N_DIRECTIONS : nullptr, known ? half.data() + t : nullptr, size.data() + t, mark, end == T ? LAST : mark, tail, gamma, per_norm,
                     tiny, unit, threshold, end == T ? near : nullptr, list, in_whole ? whole.entries() : nullptr,
                     whole.by_bit(), whole.scale.data(), whole.rest, planes_constant.data(), upper_tail});
   }

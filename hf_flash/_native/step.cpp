@@ -18,6 +18,7 @@ struct Step {  // step.py has the same fields in the same order
   const uint64_t *planes[4];
   const uint16_t *step;
   const float *norm, *offset;  // `offset`: what a code of 0 stands for
+  const Known *known;          // or null
   float arithmetic[3][4];
   float tail, bar, least, most;
   int64_t bits;
@@ -318,7 +319,7 @@ int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const 
   const float share = list ? GUESSED * GUESSED : 1.0f;  // of a bound's square
   const float *a = s->arithmetic[dtype];
   return hf_flash_gate(x, T, s->d, n, s->nibbles, s->planes[0], s->planes[1], s->planes[2], s->planes[3], s->step, s->norm,
-                       s->offset, s->gated ? s->gate_bias : s->up_bias, static_cast<int>(s->bits), s->tail * share, a[0], a[1], a[2],
+                       s->offset, s->known, s->gated ? s->gate_bias : s->up_bias, static_cast<int>(s->bits), s->tail * share, a[0], a[1], a[2],
                        a[3], s->bar, s->least, s->most, ids, s->marks, s->upper_tail * share, list ? nullptr : s->near, list, found,
                        arg);
 }

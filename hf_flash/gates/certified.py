@@ -29,9 +29,12 @@ In two steps. A sketch of more bits holds one of 4, and most neurons are silent 
 need not be touched. Either decision has a part of delta. A tenth for the first costs the other hardly a read (its z
 goes from 6.18 to 6.20) and leaves it a fifth fewer neurons than a millionth would (6.54 instead of 8.09).
 
+What is known of E (known.py). Where the products of E with a few directions of the inputs are kept, only what of x lies
+in none of them, r, is left to the bound: x_g is r_g above. Both of the two steps have such products, of their own E.
+
 The arithmetic. Let u = 2^-24, u' the unit roundoff of the dtype that the model computes in, and gamma = m u / (1 - m u)
 with m = d_model + 8: the standard bound, relative to |w| |x|, of a sum of d_model float32 products in any order, with 8
-roundings to spare for what is done to it here.
+roundings to spare for what is done to it here, and 64 more where E.u is added.
 - Our score is a sum over codes and one over what a code of 0 stands for: off by at most gamma (|w| + 24 |s|) |x|.
 - Weights stored wider than the model computes are rounded once: by u' |w| |x|, in float16 by 2^-25 an entry besides.
 - The dense model sums in float32, products and bias: gamma (|w| (1 + u') |x| + |b|).
@@ -56,6 +59,7 @@ import torch
 
 from hf_flash import native, trace
 from hf_flash.gates.ago import NEVER, never, note
+from hf_flash.gates.known import REST_SLACK, SLACK, Known, encode, known_tensors, levels
 from hf_flash.memory import round_up
 from hf_flash.plan import IntArray
 
@@ -79,6 +83,7 @@ class Sketch:
         norm: [n] float32, an upper bound of |w| + 24 |step|; infinite for a neuron that is always wanted.
         dither: [groups * 64] float32, U.
         d_model: columns of the matrix.
+        known: what its rounding does to usual inputs, for 4 and for `bits` bits; None where nobody looked.
     """
 
     nibbles: torch.Tensor
@@ -87,6 +92,7 @@ class Sketch:
     norm: torch.Tensor
     dither: torch.Tensor
     d_model: int
+    known: Known | None = None
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: int = 8, seed: int = 0) -> Sketch:
@@ -119,10 +125,30 @@ class Sketch:
         """The sketch of fewer bits that this one contains; no copy."""
         return dataclasses.replace(self, planes=self.planes[: bits - 4])
 
+    def knowing(self, weight: torch.Tensor, directions: torch.Tensor) -> Sketch:
+        """The same, with what is known of its errors and of those of all sketches that it contains.
+
+        Args:
+            weight: [n, d_model], which it was made of.
+            directions: as `Known.directions`.
+        """
+        u = directions[:, : self.d_model].double().t()
+        codes, steps = {}, {}
+        for bits in range(4, self.bits + 1):
+            rough = self.with_bits(bits)
+            parts = [
+                block.nan_to_num(0.0, 0.0, 0.0).double() @ u
+                - rough.dequantize(i * BLOCK_NEURONS, (i + 1) * BLOCK_NEURONS).double() @ u
+                for i, block in enumerate(weight.split(BLOCK_NEURONS))
+            ]
+            codes[bits], steps[bits] = encode(torch.where(self.norm.isfinite().unsqueeze(-1), torch.cat(parts), 0.0))
+        return dataclasses.replace(self, known=Known(directions, codes, steps))
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, as gates.safetensors holds them."""
         planes = {f"plane{i}": plane for i, plane in enumerate(self.planes, start=5)}
-        return {"nibbles": self.nibbles, **planes, "step": self.step, "dither": self.dither, "norm": self.norm}
+        known = self.known.tensors(self.bits) if self.known else {}
+        return {"nibbles": self.nibbles, **planes, "step": self.step, "dither": self.dither, "norm": self.norm, **known}
 
     def offset(self) -> torch.Tensor:
         """What a code of 0 stands for by column, in steps of `bits` bits: [groups * 64] float32."""
@@ -137,19 +163,22 @@ class Sketch:
         return values.view(n, groups * GROUP)[:, : self.d_model]
 
 
-def sketch_tensors(n_neurons: int, d_model: int, bits: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+def sketch_tensors(
+    n_neurons: int, d_model: int, bits: int, known: bool = False
+) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Dtype, shape and bytes of a sketch's tensors by name, known before it is made."""
     n, groups = n_neurons, round_up(d_model, GROUP) // GROUP
     planes = {f"plane{i}": ("U8", (n, groups * 8), n * groups * 8) for i in range(5, bits + 1)}
     return {
         "nibbles": ("U8", (n, groups * 32), n * groups * 32), **planes, "step": ("BF16", (n, groups), 2 * n * groups),
         "dither": ("F32", (groups * GROUP,), 4 * groups * GROUP), "norm": ("F32", (n,), 4 * n),
+        **(known_tensors(n, groups, levels(bits)) if known else {}),
     }  # fmt: skip
 
 
-def sketch_bytes(n_neurons: int, d_model: int, bits: int) -> int:
+def sketch_bytes(n_neurons: int, d_model: int, bits: int, known: bool = False) -> int:
     """DRAM that a sketch will take."""
-    return sum(n_bytes for _, _, n_bytes in sketch_tensors(n_neurons, d_model, bits).values())
+    return sum(n_bytes for _, _, n_bytes in sketch_tensors(n_neurons, d_model, bits, known).values())
 
 
 def looked_at_bytes(n_bytes: float, bits: int, share: float) -> float:
@@ -251,7 +280,7 @@ class CertifiedGate:
         """`upper` by a sketch and a bound of that tail."""
         unit, operand = UNIT[x.dtype], _operand_unit()
         x32 = x.float()
-        squares, size = self._measure(x32)
+        along, squares, size = self._measure(x32)
         scores = torch.cat(
             [x32 @ sketch.dequantize(i, i + BLOCK_NEURONS).t() for i in range(0, sketch.norm.shape[0], BLOCK_NEURONS)],
             dim=1,
@@ -261,6 +290,8 @@ class CertifiedGate:
         if tail is not None:
             t = torch.minimum(t, (tail * (squares @ step.square().t())).sqrt_())
         gamma = self.gamma()
+        if sketch.known is not None:
+            scores = scores + sketch.known.score(along, sketch.bits)
         v = scores + t * (1 + 2.0**-12 + operand) + size * self._slack(x.dtype)
         v = v + unit * v.abs()
         if bias is not None:
@@ -269,18 +300,27 @@ class CertifiedGate:
             v = v + unit * v.abs()
         return v
 
-    def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """|x_g|^2 from above [T, groups], and |x| [T, 1], infinite where not judged."""
-        groups = self.sketch.step.shape[1]
+    def _measure(self, x32: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """a_k [T, 16]; |r_g|^2 from above [T, groups]; and |x| [T, 1], infinite where not judged.
+
+        Where nothing is known of E, r is x, and a is empty.
+        """
+        groups, known = self.sketch.step.shape[1], self.sketch.known
         padded = torch.nn.functional.pad(x32, (0, groups * GROUP - self.sketch.d_model))
         squares = padded.view(-1, groups, GROUP).square().sum(-1) * (1 + 2.0**-16)
         largest = x32.abs().amax(-1, keepdim=True)
         judged = (largest == 0) | ((largest >= INPUTS[0]) & (largest <= INPUTS[1]))
-        return squares, torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
+        size = torch.where(judged, squares.sum(-1, keepdim=True).sqrt(), math.inf)
+        if known is None:
+            return x32.new_empty(len(x32), 0), squares, size
+        along, rest = known.split(padded)
+        lost = REST_SLACK * (squares.sqrt() + along.abs().sum(-1, keepdim=True))
+        norms = rest.view(-1, groups, GROUP).norm(dim=-1) + lost
+        return along, norms.square() * (1 + 2.0**-16), size
 
     def gamma(self) -> float:
         """Bound of what a float32 sum of d_model products is off by, relative to |w| |x|."""
-        m = (self.sketch.d_model + 8) * 2.0**-24
+        m = (self.sketch.d_model + 8 + (SLACK if self.sketch.known else 0)) * 2.0**-24
         return m / (1 - m) + _operand_unit()
 
     def per_norm(self, dtype: torch.dtype) -> tuple[float, float]:
