@@ -242,6 +242,11 @@ class AttentionStep:
         return Token(*known, given, (cos.data_ptr(), sin.data_ptr()))
 
     @property
+    def can_be_proven(self) -> bool:
+        """Whether the kernels can be had, with as many threads as it was last asked for."""
+        return self._can
+
+    @property
     def traits(self) -> tuple[Any, ...]:
         """Two attentions of a model that have the same of these have the same plain tokens."""
         return self._n_threads, self._x_shape, self._turn_shape, self._kind, id(self._module.config)

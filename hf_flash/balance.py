@@ -82,12 +82,14 @@ class Balance:
         """Every layer forgets its neurons and has the slots that it had to begin with, in fresh memory."""
         self._slots = Slots(self.n_own, self.row_bytes, self._n_more)
         self._n_passes, self._next, self.n_lent = 0, FIRST_PASSES, 0
+        is_known = all(engine.cache.is_known for engine in self._engines)
         first = 0
         for engine, n in zip(self._engines, self._shares, strict=True):
             engine.cache.begin(n, self._slots, first)
             first += n
-        if all(engine.cache.is_known for engine in self._engines):
+        if is_known:  # as good as balanced: few passes say less than what was counted
             self._balance()
+            self._next = EVERY_PASSES
 
     def pass_begins(self, n_tokens: int = 1) -> None:
         """Count a pass, and balance where it is time and no other thread computes.

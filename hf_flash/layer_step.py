@@ -3,7 +3,8 @@
 What attention_step.py does for an attention, for the layers of models that add an FFN to an attention and norm before
 each. The first layer that is called prepares those behind it and has native code run them, as far as their FFNs are
 native code's too (`Engine.as_native`); each of them then only looks whether it is called with what was foreseen, and
-gives what is there. Nothing relies on how transformers spells a layer now: each one's first token goes both ways.
+gives what is there. Nothing relies on how transformers spells a layer now: a token goes both ways, through two layers
+of those that are alike in all but their number and their weights.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ KINDS = {
     "OPTDecoderLayer": Kind(("self_attn_layer_norm", "final_layer_norm"), "fc1", ("activation_fn", "fc2")),
     **{f"{name}DecoderLayer": Kind() for name in ("Llama", "Mistral", "Qwen2", "Starcoder2")},
 }
+LIKE_IT = 2  # layers whose proof is one for those like them
 RMS_NORMS = {f"{name}RMSNorm" for name in ("Llama", "Mistral", "Qwen2")}
 
 
@@ -64,6 +66,8 @@ class LayerStep:
         self._stock = type(layer).forward.__get__(layer)
         self._modules: dict[str, Any] = {}  # the layer's own
         self._refused, self._proven = False, False
+        self._went_both_ways = False
+        self._alike: tuple[Any, ...] = ()  # what layers share that one proof is for
         self._s: Unchanging | None = None  # made once: another thread may be using it
         self.chain, self.at = [self], 0
         self._ready: dict[int, LayerCall] = {}  # by thread: what it is going to do, or has done before its turn
@@ -105,7 +109,12 @@ class LayerStep:
 
     @property
     def is_proven(self) -> bool:
-        """Whether a token went both ways, with as many threads as there are now."""
+        """Whether a token went both ways with as many threads as now, here or through two layers like this."""
+        if not (self._proven and self._step.is_proven) and self._step.can_be_proven:
+            traits = self._step.traits
+            like_it = (step for step in self.chain if step._alike == self._alike and step._went_both_ways)
+            if sum(step._step.is_proven and step._step.traits == traits for step in like_it) >= LIKE_IT:
+                self._proven = self._step.is_proven = True
         return self._proven and self._step.is_proven
 
     def _prepare_all(self, x: Any, kwargs: dict[str, Any], alone: bool) -> LayerCall | None:
@@ -193,6 +202,8 @@ class LayerStep:
         self._parameters = [norm._parameters for norm in found]
         s = Unchanging(step.address, d, *[_eps_of(norm) for norm in found])
         self._address = ctypes.addressof(s)
+        parts = self._layer, *(part for name, part in self._modules.items() if name != kind.ffn)
+        self._alike = s.first_eps, s.second_eps, *[constants(part) for part in parts]
         self._s = s  # last: Ctrl-C may come before, and another thread may ask
         return True
 
@@ -215,7 +226,7 @@ class LayerStep:
             mine.append(call.y + seen[0][1].view_as(call.y))
             theirs = [seen[0][0].view_as(call.z), *theirs, result]
         if proves(self._layer, mine, theirs):
-            self._proven = self._step.is_proven = True
+            self._proven = self._step.is_proven = self._went_both_ways = True
         else:
             self._refused = True
         return result
@@ -226,6 +237,13 @@ class LayerStep:
             new = memo[id(self)] = LayerStep(layer, self._path)
             new.chain, new.at = copy.deepcopy(self.chain, memo), self.at
         return memo[id(self)]  # type: ignore[no-any-return]
+
+
+def constants(module: nn.Module) -> tuple[Any, ...]:
+    """What a module computes with besides tensors and its place in the model: its class, numbers and names."""
+    plain = (bool, int, float, str, tuple, type(None))
+    held = [(k, v) for k, v in vars(module).items() if isinstance(v, plain) and k not in ("layer_idx", "training")]
+    return type(module), *sorted(held, key=lambda pair: pair[0])
 
 
 def _eps_of(norm: nn.Module) -> float | None:

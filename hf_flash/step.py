@@ -48,7 +48,7 @@ class _Step(ctypes.Structure):
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
         *[(name, _D) for name in ("gate_s", "early_s", "here_s", "wait_s", "ffn_s")],
         *[(name, _P) for name in ("ids", "who", "slots", "early_ids", "spare", "marks", "near", "list")],
-        *[(name, _I) for name in ("n_here", "n_spare", "spare_time")], ("counters", Counters),
+        *[(name, _I) for name in ("n_here", "n_spare", "spare_time", "spare_left")], ("counters", Counters),
     ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from hf_flash import attach, early, layer_calls, native, norms, trace
 from hf_flash.budget import Demand, Plan
 from hf_flash.errors import ReadError
 from hf_flash.ffn import FlashFFN
-from hf_flash.layer_step import LayerStep
+from hf_flash.layer_step import LIKE_IT, LayerStep
 from hf_flash.readers import UringReader, open_reader
 from hf_flash.trial import Trial
 
@@ -123,8 +123,8 @@ def test_one_call_takes_a_token_through_all_layers(models: Models, n_calls: list
     for one in (model, other):
         shrink(one, 1500)
     assert_same(generate(model), generate(other))
-    # A prompt is none for it, and each layer's first token goes both ways, by itself.
-    assert n_calls == [native.DONE] * (N_LAYERS + N - 2)
+    # A prompt is none for it; of the first token's layers two go both ways, by themselves, and speak for the others.
+    assert n_calls == [native.DONE] * (LIKE_IT + 1 + N - 2)
     found, want = (hf_flash.stats(one).counters() for one in (model, other))
     for name in ("n_tokens", "n_forwards", "neurons_wanted", "neurons_fired"):
         assert found[name] == want[name] > 0 or (name == "neurons_fired" and want[name] == 0), name
@@ -301,13 +301,23 @@ class Always(Trial):
         self.on = now is not None
 
 
+def test_a_layer_that_is_unlike_the_others_goes_both_ways_itself(models: Models) -> None:
+    """Whatever a layer may compute with, and its attention: a number that only it has is one reason to look."""
+    for part in ("", "self_attn"):
+        model, other = models(), models.stock()
+        last = steps_of(model, LayerStep)[-1]._layer
+        last.get_submodule(part).scale_of_its_own = 0.5
+        assert_same(generate(model), generate(other))
+        assert [step._went_both_ways for step in steps_of(model, LayerStep)] == [True, True, False, True]
+
+
 def test_guesses_are_read_while_layers_run(models: Models, n_calls: list[int]) -> None:
     model, other = models(), models.stock()
     for one in (model, other):
         shrink(one, 1200)
     n = early.install(model, Always())
     assert_same(generate(model), generate(other))
-    assert len(n_calls) == N_LAYERS + N - 2
+    assert len(n_calls) == LIKE_IT + 1 + N - 2
     assert (hf_flash.stats(model).neurons_early > 0) == (n > 0)
 
 

@@ -17,7 +17,8 @@
 
 namespace {
 
-constexpr int64_t KEYS = 512;  // of a block
+constexpr int64_t KEYS = 512;     // of a block
+constexpr int64_t FETCHED = 256;  // the most that is fetched ahead of a head's keys, and of its values
 
 struct Heads {  // where a head's rows lie; strides in elements
   const uint16_t *k, *v;
@@ -143,6 +144,12 @@ void values(const float *w, const Heads &h, int64_t n, float fade, float *out) {
   }
 }
 
+// Told of a head's rows before they are looked at: they lie in pieces too short for a core to foresee.
+void fetch_rows(const uint16_t *rows, int64_t stride, int64_t D, int64_t n) {
+  for (int64_t t = 0; t < n; t++)
+    for (int64_t d = 0; d < D; d += 32) fetch(rows + t * stride + d);
+}
+
 void attend(const uint16_t *q, Heads h, int64_t n, float scale, uint16_t *out) {
   alignas(64) float s[KEYS + 4];
   Floats query(h.D), whole(h.D);
@@ -194,10 +201,17 @@ void hf_flash_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, in
 #ifdef ATTENTION
   const int threads = B * H < max_threads() ? static_cast<int>(B * H) : max_threads();
   in_parallel(threads, [&](int me) {
-    for (int64_t i = B * H * me / threads; i < B * H * (me + 1) / threads; i++) {
-      const int64_t b = i / H, head = i % H, shared = head / group;
-      const Heads h{k + b * k_batch + shared * k_head, v + b * v_batch + shared * v_head, k_token, v_token, D};
-      attend(q + b * q_batch + head * q_head, h, n, scale, out + i * D);
+    const auto heads = [&](int64_t i) {
+      const int64_t b = i / H, shared = i % H / group;
+      return Heads{k + b * k_batch + shared * k_head, v + b * v_batch + shared * v_head, k_token, v_token, D};
+    };
+    const int64_t begin = B * H * me / threads, end = B * H * (me + 1) / threads;
+    for (int64_t i = begin; i < end; i++) {
+      const Heads h = heads(i), next = heads(i + 1 < end ? i + 1 : i);
+      const int64_t some = n < FETCHED ? n : FETCHED;
+      if (i == begin) fetch_rows(h.k, k_token, D, some), fetch_rows(h.v, v_token, D, some);
+      if (next.k != h.k) fetch_rows(next.k, k_token, D, some), fetch_rows(next.v, v_token, D, some);
+      attend(q + i / H * q_batch + i % H * q_head, h, n, scale, out + i * D);
     }
   });
 #endif

@@ -11,19 +11,27 @@ struct AttentionStep {  // attention_step.py has the same fields
 
 namespace {
 
-uint16_t times(uint16_t a, float b) { return bits_bf16(round_bf16(from_bf16(a) * b)); }
+INLINE uint16_t times(uint16_t a, float b) { return bits_bf16(round_bf16(from_bf16(a) * b)); }
+
+CLONES void scale_all(uint16_t *x, int64_t n, float by) {
+  for (int64_t i = 0; i < n; i++) x[i] = times(x[i], by);
+}
 
 // out [n, D], heads `out_head` apart = x * cos + rotate_half(x) * sin, each product and the sum rounded; x as it is
 // without cos.
-void rotate(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t n, int64_t D, uint16_t *out,
+CLONES void rotate(const uint16_t *x, const uint16_t *cos, const uint16_t *sin, int64_t n, int64_t D, uint16_t *out,
             int64_t out_head) {
   for (int64_t h = 0; h < n; h++, x += D, out += out_head) {
-    for (int64_t i = 0; i < D && !cos; i++) out[i] = x[i];
-    for (int64_t i = 0; i < D && cos; i++) {
-      const float half = i < D / 2 ? -from_bf16(x[i + D / 2]) : from_bf16(x[i - D / 2]);
+    if (!cos) {
+      std::memcpy(out, x, static_cast<size_t>(D) * sizeof *x);
+      continue;
+    }
+    const auto turn = [&](int64_t i, float half) __attribute__((always_inline)) {
       const float turned = round_bf16(half * from_bf16(sin[i])), kept = from_bf16(times(x[i], from_bf16(cos[i])));
       out[i] = bits_bf16(round_bf16(kept + turned));
-    }
+    };
+    for (int64_t i = 0; i < D / 2; i++) turn(i, -from_bf16(x[i + D / 2]));
+    for (int64_t i = D / 2; i < D; i++) turn(i, from_bf16(x[i - D / 2]));
   }
 }
 
@@ -53,7 +61,7 @@ void hf_flash_attention_step(AttentionStep *s, const uint16_t *x, const uint16_t
   tight_products(from_x, 3, x, First{first, who});
   rotate(key, cos, sin, s->n_shared, D, keys + n * D, kv_head);
   rotate(value, nullptr, nullptr, s->n_shared, D, values + n * D, kv_head);
-  for (int64_t i = 0; i < width && s->q_scale != 1.0f; i++) row[i] = times(row[i], s->q_scale);
+  if (s->q_scale != 1.0f) scale_all(row, width, s->q_scale);
   rotate(row, cos, sin, s->n_heads, D, query.data(), D);
   hf_flash_attend(query.data(), keys, values, width, D, 0, kv_head, D, 0, kv_head, D, 1, s->n_heads,
                   s->n_heads / s->n_shared, n + 1, D, s->scale, row);

@@ -33,7 +33,7 @@ namespace {
 
 enum Done { NOTHING, ATTENDED, SUMMING, WHOLE };  // layer_calls.py has the same; ATTENDED: y is x plus the attention
 
-void add(uint16_t *y, const uint16_t *x, const uint16_t *more, int64_t d) {
+CLONES void add(uint16_t *y, const uint16_t *x, const uint16_t *more, int64_t d) {
   for (int64_t i = 0; i < d; i++) y[i] = bits_bf16(round_bf16(from_bf16(x[i]) + from_bf16(more[i])));
 }
 

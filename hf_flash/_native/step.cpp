@@ -53,11 +53,11 @@ struct Step {  // step.py has the same fields in the same order
   int64_t *ids;          // [n]: the wanted ones, sorted
   int64_t *who, *slots;  // [n]: the same, those in DRAM first, and where they are
   int64_t *early_ids;    // [n]
-  int64_t *spare;        // [n]: whose slots the step at `spare_time` may take, those worth least first; -1 where taken
+  int64_t *spare;        // [n]: whose slots steps may take, those worth least at `spare_time` first; -1 where taken
   uint8_t *marks;        // [n]
   float *near;           // [n]: what the last token's scan found, see gate.cpp
   int32_t *list;         // [n]
-  int64_t n_here, n_spare, spare_time;
+  int64_t n_here, n_spare, spare_time, spare_left;  // spare_left: of n_spare those that are not taken
   Counters counters;
 };
 }
@@ -128,7 +128,8 @@ void use(Step *s, int64_t neuron) {  // the score halves with every half life, a
 // The n neurons (fewer if there are no more) whose slots are worth least at a time, these first, of those not used at
 // that time; the window's only after all others.
 std::vector<int64_t> victims(const Step *s, int64_t time, int64_t n) {
-  static thread_local std::vector<std::pair<double, int64_t>> free;  // what is looked for in every layer is not made anew
+  static thread_local std::vector<std::pair<double, int64_t>> kept;  // what is looked for in every layer is not made anew
+  std::vector<std::pair<double, int64_t>> &free = kept;              // whose place is looked up once
   free.clear();
   for (int64_t neuron = 0; neuron < s->n; neuron++) {  // in the order in which their accounts lie
     const int64_t age = time - s->last[neuron];
@@ -176,13 +177,24 @@ std::vector<int64_t> fresh_and_old(Step *s, size_t n, const std::vector<int64_t>
   return slots;
 }
 
-// Look whose slots the step at a time may take: as many as the last one and the guess before it took, and some to choose
-// from.
+constexpr int64_t SPARE_STEPS = 4;  // that take from what was set aside once
+
+// Have slots set aside for the step at a time: as many as the last one and the guess before it took, and some to choose
+// from. Neurons that were used since they were set aside are passed over by who takes.
 void set_aside(Step *s, int64_t time, int64_t taken) {
-  const int64_t n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]);
-  const std::vector<int64_t> found = n > 0 ? victims(s, time, n) : std::vector<int64_t>();
+  const int64_t n = taken + taken / 2 - (s->state[N_SLOTS] - s->state[N_USED]), age = time - s->spare_time;
+  if (s->spare_time && age >= 0 && age < SPARE_STEPS && s->spare_left >= n) return;
+  const std::vector<int64_t> found = n > 0 ? victims(s, time, SPARE_STEPS * n) : std::vector<int64_t>();
   std::copy(found.begin(), found.end(), s->spare);
-  s->n_spare = static_cast<int64_t>(found.size()), s->spare_time = time;
+  s->n_spare = s->spare_left = static_cast<int64_t>(found.size()), s->spare_time = time;
+}
+
+// The slot of entry k of what was set aside, or -1 if it is not to be had. It must be given to somebody then.
+int64_t take_spare(Step *s, int64_t k) {
+  const int64_t neuron = s->spare[k];
+  if (neuron < 0 || s->last[neuron] >= s->spare_time || s->slot_of[neuron] < 0) return -1;
+  s->spare[k] = -1, s->spare_left--;
+  return s->slot_of[neuron];
 }
 
 constexpr size_t FEW = 5;  // reads for which alone, while others are under way, the kernel is not called
@@ -196,19 +208,8 @@ struct Meanwhile {
   double spent = 0;
 
   explicit Meanwhile(Step *step) : s(step) {
-    if (s->spare_time != s->state[CLOCK]) set_aside(s, s->state[CLOCK], s->n_read + s->n_early);
+    set_aside(s, s->state[CLOCK], s->n_read + s->n_early);
     s->n_read = s->n_bytes = s->n_reads = s->n_early_right = 0;
-  }
-
-  int64_t slot(int64_t end) {
-    const int64_t fresh = fresh_slot(s);
-    for (int64_t k = 0; fresh < 0 && k < s->n_spare; k++) {
-      const int64_t neuron = s->spare[k];
-      if (neuron < 0 || neuron >= end || s->last[neuron] >= s->state[CLOCK] || s->slot_of[neuron] < 0) continue;
-      s->spare[k] = -1;
-      return s->slot_of[neuron];
-    }
-    return fresh;
   }
 
   void found(int64_t n, int64_t end) {
@@ -224,7 +225,11 @@ struct Meanwhile {
 
   void read(int64_t end) {
     std::vector<int64_t> slots;
-    for (int64_t to; slots.size() < missing.size() && (to = slot(end)) >= 0;) slots.push_back(to);
+    for (int64_t to; slots.size() < missing.size() && (to = fresh_slot(s)) >= 0;) slots.push_back(to);
+    for (int64_t k = 0; slots.size() < missing.size() && k < s->n_spare; k++) {
+      const int64_t to = s->spare[k] < end ? take_spare(s, k) : -1;  // of those behind nobody knows yet
+      if (to >= 0) slots.push_back(to);
+    }
     const auto upto = missing.begin() + static_cast<int64_t>(slots.size());
     s->batch = read_into_slots(s, s->batch, std::vector<int64_t>(missing.begin(), upto), slots, &s->n_bytes, &s->n_reads);
     coming.insert(coming.end(), missing.begin(), upto);
@@ -343,15 +348,13 @@ int64_t guess(Step *s, const float *x, int dtype) {
 // guess costs a read and a slot.
 void read_ahead(Step *s, int64_t n) {
   const int64_t time = s->state[CLOCK] + 1;  // of the step to come
-  if (s->spare_time != time) set_aside(s, time, s->n_read + s->n_early);
+  set_aside(s, time, s->n_read + s->n_early);
   std::vector<int64_t> neurons, slots;
   for (int64_t k = 0; static_cast<int64_t>(neurons.size()) < n;) {
     int64_t slot = fresh_slot(s);
     for (; slot < 0 && k < s->n_spare; k++) {
-      const int64_t old = s->spare[k], age = old < 0 ? 0 : time - s->last[old];
-      if (age <= 0 || s->slot_of[old] < 0) continue;
-      if (age < s->window) k = s->n_spare;
-      else s->spare[k] = -1, slot = s->slot_of[old];
+      if (s->spare[k] >= 0 && time - s->last[s->spare[k]] < s->window) k = s->n_spare;
+      else slot = take_spare(s, k);
     }
     if (slot < 0) break;
     const int64_t neuron = s->early_ids[neurons.size()];
