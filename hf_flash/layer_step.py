@@ -202,7 +202,7 @@ class LayerStep:
         self._parameters = [norm._parameters for norm in found]
         s = Unchanging(step.address, d, *[_eps_of(norm) for norm in found])
         self._address = ctypes.addressof(s)
-        parts = self._layer, *(part for name, part in self._modules.items() if name != kind.ffn)
+        parts: list[Any] = [self._layer, *(part for name, part in self._modules.items() if name != kind.ffn)]
         self._alike = s.first_eps, s.second_eps, *[constants(part) for part in parts]
         self._s = s  # last: Ctrl-C may come before, and another thread may ask
         return True

@@ -198,10 +198,14 @@ class OnFlashEmbedding(_OnFlash):
         Raises:
             IndexError: an id is out of range, as nn.Embedding does.
         """
-        ids, inverse = input.reshape(-1).to(torch.int64).unique(return_inverse=True)
+        ids = input.reshape(-1).to(torch.int64)
+        inverse = None
+        if len(ids) > 1:
+            ids, inverse = ids.unique(return_inverse=True)
         if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self.num_embeddings:
             raise IndexError(f"token ids {int(ids[0])}..{int(ids[-1])} are not all below {self.num_embeddings}")
-        rows = self.fetch(ids)[inverse].to(self.weight.dtype)
+        rows = self.fetch(ids)
+        rows = (rows if inverse is None else rows[inverse]).to(self.weight.dtype)
         return rows.view(*input.shape, self.embedding_dim)
 
 
