@@ -17,7 +17,7 @@ struct Step {  // step.py has the same fields in the same order
   const uint8_t *nibbles;
   const uint64_t *planes[4];
   const uint16_t *step;
-  const float *norm, *offset;  // `offset`: what a code of 0 stands for
+  const float *norm, *offset, *upper_offset;  // what a code of 0 stands for, of all bits and of the upper 4
   const Known *known;          // or null
   float arithmetic[3][4];
   float tail, bar, least, most;
@@ -108,8 +108,8 @@ void load_meanwhile(Step *s, const Ahead &ahead) {
 }
 
 constexpr int64_t SAMPLE = 256;  // neurons by which `nearest` is chosen
-constexpr double NEAREST = 0.15;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
-constexpr float GUESSED = 0.5;     // how much of its bound a score is given for a guess: what is as near as that is read
+constexpr double NEAREST = 0.08;  // share of those not in DRAM that a guess looks at: those that came nearest to firing
+constexpr float GUESSED = 0.25;    // how much of its bound a score is given for a guess: what is as near as that is read
 const int64_t ARRIVING = INT64_MAX;  // `last` of a neuron that is being read on a guess: its slot cannot be given away
 
 int land_early(Step *s, bool *signalled = nullptr) {
@@ -302,6 +302,11 @@ void add_ffn(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t
                           : sparse_ffn(f, static_cast<int>(s->dtype), first, out);
 }
 
+// flags [n] <- 1 for a neuron that is not in DRAM and not below `cut`; NaN is not below.
+CLONES void flag_near(const int64_t *slot_of, const float *near, int64_t n, float cut, uint8_t *flags) {
+  for (int64_t i = 0; i < n; i++) flags[i] = static_cast<uint8_t>((slot_of[i] < 0) & !(near[i] < cut));
+}
+
 // Neurons that are not in DRAM and came near to firing at the last token: `list` <- them, sorted; returns how many.
 int64_t nearest(Step *s) {
   std::vector<float> sample;
@@ -310,23 +315,28 @@ int64_t nearest(Step *s) {
   if (sample.empty()) return 0;
   const auto at = sample.begin() + static_cast<int64_t>(NEAREST * static_cast<double>(sample.size()));
   std::nth_element(sample.begin(), at, sample.end(), std::greater<float>());
-  const float cut = *at;
+  static thread_local std::vector<uint8_t> kept;  // by neuron, in whole words
+  std::vector<uint8_t> &flags = kept;
+  flags.assign(static_cast<size_t>((s->n + 7) / 8 * 8), 0);
+  flag_near(s->slot_of, s->near, s->n, *at, flags.data());
   int64_t n = 0;
-  for (int64_t i = 0; i < s->n; i++) {
-    s->list[n] = static_cast<int32_t>(i);
-    n += s->slot_of[i] < 0 && !(s->near[i] < cut);  // NaN is near, too
+  for (int64_t i = 0; i < s->n; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, flags.data() + i, sizeof word);
+    for (; word; word &= word - 1) s->list[n++] = static_cast<int32_t>(i + __builtin_ctzll(word) / 8);
   }
   return n;
 }
 
+// `list`, or null: a guess about those, by the upper bits and a part of their bound.
 int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const int32_t *list, int64_t n, Found found,
              void *arg) {
-  const float share = list ? GUESSED * GUESSED : 1.0f;  // of a bound's square
-  const float *a = s->arithmetic[dtype];
+  const float *a = s->arithmetic[dtype], share = GUESSED * GUESSED;  // of a bound's square
+  const float tail = !list ? s->tail : share * (s->bits > 4 ? s->upper_tail : s->tail);
   return hf_flash_gate(x, T, s->d, n, s->nibbles, s->planes[0], s->planes[1], s->planes[2], s->planes[3], s->step, s->norm,
-                       s->offset, s->known, s->gated ? s->gate_bias : s->up_bias, static_cast<int>(s->bits), s->tail * share, a[0], a[1], a[2],
-                       a[3], s->bar, s->least, s->most, ids, s->marks, s->upper_tail * share, list ? nullptr : s->near, list, found,
-                       arg);
+                       list ? s->upper_offset : s->offset, s->known, s->gated ? s->gate_bias : s->up_bias,
+                       list ? 4 : static_cast<int>(s->bits), tail, a[0], a[1], a[2], a[3], s->bar, s->least, s->most, ids,
+                       s->marks, s->upper_tail, list ? nullptr : s->near, list, found, arg);
 }
 
 // Guess what the layer behind will likely want: `early_ids` of that; returns how many. x [d] is this layer's input: the
