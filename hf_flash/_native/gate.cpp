@@ -272,9 +272,17 @@ INLINE void add_nibbles(const Sketch *s, const Inputs *in, int64_t i, int64_t ne
   *sum = score, *squares = square, *sure = norm;
 }
 
+// What there is a little of for each neuron, which lies close together only where all are looked at.
+INLINE void fetch_few(const Sketch *s, int64_t i) {
+  fetch(s->norm + i);
+  if (s->bias) fetch(s->bias + i);
+  if (s->known) fetch(s->known->upper + i * N_DIRECTIONS), fetch(s->known->upper_step + i);
+}
+
 // Scores [at .. at + ROWS] of neurons `who`. `ahead`: those to fetch meanwhile.
 INLINE void by_nibbles(const Sketch *s, const Inputs *in, const int32_t *who, const int32_t *ahead, int at, Scores *out) {
   __m512 sums[ROWS], squares[ROWS], sure[ROWS];
+  for (int r = 0; r < ROWS && in->list; r++) fetch_few(s, ahead[r]);
   for (int r = 0; r < ROWS; r++) add_nibbles(s, in, who[r], ahead[r], sums + r, squares + r, sure + r);
   _mm_store_ps(out->score + at, sums4(sums));
   _mm_store_ps(out->squares + at, sums4(squares));
