@@ -1,5 +1,7 @@
 // What an FFN over slots is asked, however its rows are stored.
 #pragma once
+#include <memory>
+
 #include "common.h"
 
 struct Ffn {
@@ -38,6 +40,10 @@ INLINE float activate(float z, int act, float threshold) {
 
 constexpr int64_t PART = 32;  // neurons, at least
 
+CLONES void add_all(const float *from, int64_t n, float *to) {
+  for (int64_t i = 0; i < n; i++) to[i] += from[i];
+}
+
 // Neurons in parts, taken by whoever is free, each with sums of its own: work(begin, end, sums, fired). out += all sums, in
 // the order of the parts, which depend on nothing but n and the number of threads.
 template <class F> int64_t sum_parts(int64_t n, int64_t n_out, float *out, First first, F work) {
@@ -51,19 +57,23 @@ template <class F> int64_t sum_parts(int64_t n, int64_t n_out, float *out, First
   }
   const int64_t few = n / PART < 4 * threads ? n / PART : 4 * threads, parts = few > threads ? few : threads;
   const int64_t stride = (n_out + 15) / 16 * 16;
-  Floats sums(parts * stride);
+  static thread_local std::unique_ptr<Floats> kept;  // from call to call: it is not asked for and given back each time
+  static thread_local int64_t n_kept = 0;
+  if (n_kept < parts * stride) kept.reset(new Floats(n_kept = parts * stride));
+  float *sums = kept->data();
   std::vector<int64_t> fired(static_cast<size_t>(parts) * 8, 0);  // a cache line each
   std::atomic<int64_t> next{0};
   in_parallel(threads, [&](int me) {
     if (me == 0) first();
-    for (int64_t k; (k = next.fetch_add(1)) < parts;)
-      work(n * k / parts, n * (k + 1) / parts, sums.data() + k * stride, &fired[static_cast<size_t>(k) * 8]);
+    for (int64_t k; (k = next.fetch_add(1)) < parts;) {
+      std::fill_n(sums + k * stride, n_out, 0.0f);
+      work(n * k / parts, n * (k + 1) / parts, sums + k * stride, &fired[static_cast<size_t>(k) * 8]);
+    }
   });
   int64_t total = 0;
   for (int64_t k = 0; k < parts; k++) {
     total += fired[static_cast<size_t>(k) * 8];
-    const float *part = sums.data() + k * stride;
-    for (int64_t j = 0; j < n_out; j++) out[j] += part[j];
+    add_all(sums + k * stride, n_out, out);
   }
   return total;
 }

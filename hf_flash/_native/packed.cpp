@@ -106,7 +106,6 @@ int64_t packed_ffn(const Ffn &given, const int64_t *ids, int base, const int32_t
     CALL(ffn, &f, &p, ids, begin, end, acc, some);
   };
   const int64_t fired = sum_parts(f.n, f.T * f.d_out, sums.data(), first, work);
-  for (int64_t t = 0; t < f.T; t++)
-    for (int64_t j = 0; j < f.d_out; j++) out[t * f.d_out + j] += sums.data()[t * f.d_out + shuffled(j)];
+  add_unshuffled(sums.data(), f.T * f.d_out, out);
   return fired;
 }

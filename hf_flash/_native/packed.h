@@ -20,14 +20,6 @@ INLINE int64_t shuffled(int64_t j) {
 // Where `decode_lanes` puts weight k of 64: in `first` or, after its 32, in `second`.
 INLINE int64_t laned(int64_t k) { return k % 16 / 8 * 32 + k / 16 * 8 + k % 8; }
 
-inline Floats shuffle(const float *x, int64_t T, int64_t d) {
-  Floats out(T * d);
-  float *to = out.data();
-  for (int64_t j = 0; j < T * d; j += BLOCK)
-    for (int64_t k = 0; k < BLOCK; k++) to[j + shuffled(k)] = x[j + k];
-  return out;
-}
-
 // out [T, n] of `dtype` = what products(begin, end, sums [T, n]) gives for n rows of E weights, and the bias [n] or null.
 template <class F> void linear(int64_t n, int64_t E, int64_t T, const void *bias, int dtype, void *out, F products) {
   const std::vector<float> added = to_float(bias, bias ? n : 0, dtype);
@@ -99,6 +91,61 @@ INLINE void transpose(const __m512i *in, __m512i *out) {
   }
 }
 
+// Per block of 64: to[shuffled(k)] = from[k].
+inline void shuffle_lanes(const float *from, int64_t n, float *to) {
+  for (int64_t j = 0; j < n; j += BLOCK, from += BLOCK) {
+    __m512 v[4];
+    for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(from + 16 * k);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++, to += 16) {
+      const __m512i at = _mm512_add_epi32(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 22, 20, 18, 16, 6, 4, 2, 0),
+                                          _mm512_set1_epi32(k / 2 * 8 + k % 2));
+      const __m512 front = _mm512_permutex2var_ps(v[0], at, v[1]), back = _mm512_permutex2var_ps(v[2], at, v[3]);
+      _mm512_storeu_ps(to, _mm512_insertf32x8(front, _mm512_castps512_ps256(back), 1));
+    }
+  }
+}
+
+// Per block of 64: to[k] += from[shuffled(k)].
+inline void add_unshuffled_lanes(const float *from, int64_t n, float *to) {
+  for (int64_t j = 0; j < n; j += BLOCK, from += BLOCK) {
+    __m512 v[4];
+    for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(from + 16 * k);
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++, to += 16) {
+      const __m512i at = _mm512_add_epi32(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 19, 3, 18, 2, 17, 1, 16, 0), _mm512_set1_epi32(4 * k));
+      const __m512 front = _mm512_permutex2var_ps(v[0], at, v[1]), back = _mm512_permutex2var_ps(v[2], at, v[3]);
+      const __m512 more = _mm512_insertf32x8(front, _mm512_castps512_ps256(back), 1);
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
+    }
+  }
+}
+
 }  // namespace
 #pragma GCC pop_options
+#define LANES 1
 #endif
+
+namespace {
+
+inline Floats shuffle(const float *x, int64_t T, int64_t d) {
+  Floats out(T * d);
+  float *to = out.data();
+#ifdef LANES
+  if (level() == 4) return shuffle_lanes(x, T * d, to), out;
+#endif
+  for (int64_t j = 0; j < T * d; j += BLOCK)
+    for (int64_t k = 0; k < BLOCK; k++) to[j + shuffled(k)] = x[j + k];
+  return out;
+}
+
+// to [n] += what is kept in the order of `shuffled`.
+inline void add_unshuffled(const float *from, int64_t n, float *to) {
+#ifdef LANES
+  if (level() == 4) return add_unshuffled_lanes(from, n, to);
+#endif
+  for (int64_t j = 0; j < n; j += BLOCK)
+    for (int64_t k = 0; k < BLOCK; k++) to[j + k] += from[j + shuffled(k)];
+}
+
+}  // namespace
