@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from transformers.utils.logging import tqdm
 
 from hf_flash import trace
 from hf_flash.cache import NeuronCache, Slots
@@ -78,8 +79,12 @@ class Balance:
         self._lock = threading.Lock()  # of the division; never taken by who holds a cache's
         self._begin()
 
-    def _begin(self) -> None:
-        """Every layer forgets its neurons and has the slots that it had to begin with, in fresh memory."""
+    def _begin(self, by_use: bool = True) -> None:
+        """Every layer forgets its neurons and has the slots that it had to begin with, in fresh memory.
+
+        Args:
+            by_use: divide them by how often neurons fire, if that is known.
+        """
         self._slots = Slots(self.n_own, self.row_bytes, self._n_more)
         self._n_passes, self._next, self.n_lent = 0, FIRST_PASSES, 0
         is_known = all(engine.cache.is_known for engine in self._engines)
@@ -87,7 +92,7 @@ class Balance:
         for engine, n in zip(self._engines, self._shares, strict=True):
             engine.cache.begin(n, self._slots, first)
             first += n
-        if is_known:  # as good as balanced: few passes say less than what was counted
+        if by_use and is_known:  # as good as balanced: few passes say less than what was counted
             self._balance()
             self._next = EVERY_PASSES
 
@@ -130,7 +135,8 @@ class Balance:
         Raises:
             ReadError: flash failed.
         """
-        for engine in self._engines:
+        known = [engine for engine in self._engines if engine.cache.is_known]
+        for engine in tqdm(known, desc="Filling caches", unit="layer", delay=1):
             engine.fill()
 
     def lend(self, n: int) -> None:
@@ -200,7 +206,7 @@ class Balance:
             ):
                 cache.receive(slots)
         except BaseException:  # Ctrl-C: no slot may belong to two layers
-            self._begin()
+            self._begin(by_use=False)
             raise
         for cache in caches:
             cache.largest = cache.largest * 7 // 8

@@ -23,7 +23,7 @@ from hf_flash.store import GATES_NAME, LAYERS_KEY
 class LayerContents:
     """The FFN of one layer: shape, how a neuron's bundle lies, and what its sketch takes (0 bits: none).
 
-    `packed` bundles have 12 bits a weight.
+    `packed` bundles have 12 bits a weight. `calibrated`: it is known what is usual of its inputs and neurons.
     """
 
     path: str
@@ -38,6 +38,7 @@ class LayerContents:
     sketch_bits: int
     sketch_bytes: int
     file: str
+    calibrated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ def contents(
 
 
 def _layers(flash: dict[str, Path], gates: Path | None) -> list[LayerContents]:
-    kinds = GateFile(gates).sketches if gates else {}
+    gate_file = GateFile(gates) if gates else None
+    kinds = gate_file.sketches if gate_file else {}
     found: list[tuple[int, LayerContents]] = []
     for name, path in flash.items():
         header = read_header(path)
@@ -122,13 +124,14 @@ def _layers(flash: dict[str, Path], gates: Path | None) -> list[LayerContents]:
             shape = header.entries[entry].shape
             bits = kinds.get(layer["module"], {}).get("bits", 0)
             n, d_model = layer["n_neurons"], layer["d_model"]
+            knows = gate_file is not None and gate_file.knows(layer["module"])
             found.append(
                 (
                     layer["index"],
                     LayerContents(
                         layer["module"], n, d_model, layer["d_out"], layer["gated"], layer["dtype"],
                         layer.get("exponent") is not None, shape[1], n * shape[1], bits,
-                        sketch_bytes(n, d_model, bits) if bits else 0, name,
+                        sketch_bytes(n, d_model, bits, knows) if bits else 0, name, knows,
                     ),
                 )
             )  # fmt: skip

@@ -170,7 +170,8 @@ def _shape(layer: LayerContents) -> tuple[str, ...]:
 def _sketch(layers: Sequence[LayerContents]) -> str:
     if not layers[0].sketch_bits:
         return "none"
-    return f"{layers[0].sketch_bits}-bit, {format_size(sum(layer.sketch_bytes for layer in layers))}"
+    usual = ", calibrated" if all(layer.calibrated for layer in layers) else ""
+    return f"{layers[0].sketch_bits}-bit, {format_size(sum(layer.sketch_bytes for layer in layers))}{usual}"
 
 
 def verify_view(report: VerifyReport) -> RenderableType:

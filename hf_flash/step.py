@@ -34,7 +34,8 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *[(name, _I) for name in ("d", "d_out", "n")],
-        ("nibbles", _P), ("planes", _P * 4), ("step", _P), ("norm", _P), ("offset", _P), ("upper_offset", _P), ("known", _P),
+        ("nibbles", _P), ("planes", _P * 4),
+        *[(name, _P) for name in ("step", "norm", "offset", "upper_offset", "known")],
         ("arithmetic", _F * 4 * 3),
         ("tail", _F), ("bar", _F), ("least", _F), ("most", _F), ("bits", _I), ("upper_tail", _F),
         *[(name, _P) for name in ("slot_of", "neuron_of", "owned", "last", "key", "rows", "state")],
@@ -74,9 +75,8 @@ class NativeStep:
         self.as_native = native.NativeFFN(step=self._address)
         layout, sketch = layer.layout, gate.sketch
         n = layer.n_neurons
-        self._ids, self._offset, self._upper_offset = np.empty((5, n), np.int64), *(
-            some.offset() for some in (sketch, sketch.with_bits(4))
-        )
+        self._ids = np.empty((5, n), np.int64)
+        self._offset, self._upper_offset = sketch.offset(), sketch.with_bits(4).offset()
         self._marks, self._list = np.empty(n, np.uint8), np.empty(n, np.int32)
         self._near = np.full(n, np.inf, np.float32)  # nothing is known: all are
         self._keep: list[object] = [store, gate, sketch]  # what the pointers below point into

@@ -21,7 +21,7 @@ rows in DRAM     cache  packed_sum  ring  stream  resident  kv  attention
 an FFN           step  engine  sweep  sparse  linear  ffn
 a layer          attention_step  layer_calls  layer_step  early  lookahead  tap  recording  fit  balance  order  loan
 a model          attach  repack  save
-what users call  preview  thresholds  quantizer  patch  verify  contents  profile  measures
+what users call  preview  thresholds  usual  quantizer  patch  verify  contents  profile  measures
 sessions         session  calibrate  serve  demo  ladder  show  show_speed  evaluate  show_eval
 programs         options  terminal
 commands         doctor  bench  calibration  eval_command  cli  __init__  __main__
