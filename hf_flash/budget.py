@@ -25,7 +25,7 @@ _FIRES, _BOUND = 1.645, 0.596
 # Modules imported late, threads' stacks, allocator slack, torch's scratch: measured, see docs/log.md.
 RUNTIME_BYTES = 24 << 20
 PAGE_TABLES = 512  # bytes of memory that a byte of its page tables maps: the kernel charges a cgroup for them, too
-BOOKS_BYTES = 64  # a neuron in the cache's books and in the scratch of a step
+BOOKS_BYTES = 80  # a neuron in the cache's books, what is usual of it, and in the scratch of a step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from hf_flash import native, trace
 from hf_flash.cache import NeuronCache
 from hf_flash.gates import CertifiedGate
 from hf_flash.gates.certified import INPUTS, UNIT
+from hf_flash.memory import untouched
 from hf_flash.ops import Activation, Biases
 from hf_flash.plan import MAX_EXTENT_ROWS, IntArray
 from hf_flash.readers import UringReader
@@ -75,9 +76,10 @@ class NativeStep:
         self.as_native = native.NativeFFN(step=self._address)
         layout, sketch = layer.layout, gate.sketch
         n = layer.n_neurons
-        self._ids = np.empty((5, n), np.int64)
+        # Room for all neurons, of which a step wants few: what is not written takes no DRAM.
+        self._ids = untouched(5 * 8 * n).numpy().view(np.int64).reshape(5, n)
         self._offset, self._upper_offset = sketch.offset(), sketch.with_bits(4).offset()
-        self._marks, self._list = np.empty(n, np.uint8), np.empty(n, np.int32)
+        self._marks, self._list = np.empty(n, np.uint8), untouched(4 * n).numpy().view(np.int32)
         self._near = np.full(n, np.inf, np.float32)  # nothing is known: all are
         self._keep: list[object] = [store, gate, sketch]  # what the pointers below point into
         s.d, s.d_out, s.n = layout.d_model, layout.d_out, n
