@@ -100,8 +100,8 @@ def _view(figures: dict[str, Any]) -> RenderableType:
     tables: list[RenderableType] = []
     if "usual" in figures:
         part = figures["usual"]
-        title = "gate certified: of inputs' length, what no known direction holds; neurons that fire"
-        table = Table(title=title, title_justify="left", box=None)
+        tables.append("gate certified: of inputs' length, what no known direction holds; neurons that fire")
+        table = Table(box=None)
         for column in ("layer", "rest", "fire"):
             table.add_column(column, justify="left" if column == "layer" else "right")
         for row in part["layers"]:

@@ -107,6 +107,21 @@ def test_what_is_usual_is_in_the_report_and_the_file(calibrated: Path) -> None:
     assert "## What is usual" in (calibrated / "README.md").read_text()
 
 
+def test_what_is_known_of_errors_is_that_of_the_weights(calibrated: Path, dense: PreTrainedModel) -> None:
+    file = GateFile(calibrated / GATES_NAME)
+    for i, layer in enumerate(dense.model.decoder.layers):
+        path = f"model.decoder.layers.{i}.fc1"
+        for bits in (4, 6, 8):
+            sketch = file.sketch(path, bits)
+            assert sketch.known is not None and set(sketch.known.codes) == {4, bits}
+            want = sketch.knowing(layer.fc1.weight.detach(), sketch.known.directions).known
+            assert want is not None
+            for b in {4, bits}:
+                assert torch.equal(sketch.known.codes[b], want.codes[b])
+                assert torch.equal(sketch.known.steps[b], want.steps[b])
+        assert file.sketch(path, 8, known=False).known is None
+
+
 def test_what_is_usual_makes_the_certified_gate_read_less(
     calibrated: Path, flash_folder: Path, dense: PreTrainedModel, prompts: torch.Tensor
 ) -> None:
