@@ -457,7 +457,6 @@ def connect(model: PreTrainedModel, runtime: FlashRuntime) -> None:
         early.install(model)
     for balance in runtime.balances:
         balance.fill()
-    trim_malloc()  # dividing slots takes some arrays of all neurons
     _watch_kv(model, runtime, engines, work, None if config.without else stream)
     attention.install(model)
     attention_step.install(model)

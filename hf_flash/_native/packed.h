@@ -91,34 +91,33 @@ INLINE void transpose(const __m512i *in, __m512i *out) {
   }
 }
 
-// Per block of 64: to[shuffled(k)] = from[k].
-inline void shuffle_lanes(const float *from, int64_t n, float *to) {
+// put(16 numbers of a block of 64, where they go), four times a block: `order`(k) says which 8 of the first 32 those of
+// vector k are; the other 8 are the same ones of the last 32.
+template <class Order, class Put> inline void in_order(const float *from, int64_t n, Order order, Put put) {
   for (int64_t j = 0; j < n; j += BLOCK, from += BLOCK) {
     __m512 v[4];
     for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(from + 16 * k);
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; k++, to += 16) {
-      const __m512i at = _mm512_add_epi32(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 22, 20, 18, 16, 6, 4, 2, 0),
-                                          _mm512_set1_epi32(k / 2 * 8 + k % 2));
+    for (int k = 0; k < 4; k++) {
+      const __m512i at = order(k);
       const __m512 front = _mm512_permutex2var_ps(v[0], at, v[1]), back = _mm512_permutex2var_ps(v[2], at, v[3]);
-      _mm512_storeu_ps(to, _mm512_insertf32x8(front, _mm512_castps512_ps256(back), 1));
+      put(_mm512_insertf32x8(front, _mm512_castps512_ps256(back), 1), j + 16 * k);
     }
   }
 }
 
+// Per block of 64: to[shuffled(k)] = from[k].
+inline void shuffle_lanes(const float *from, int64_t n, float *to) {
+  const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 22, 20, 18, 16, 6, 4, 2, 0);
+  in_order(from, n, [&](int k) { return _mm512_add_epi32(first, _mm512_set1_epi32(k / 2 * 8 + k % 2)); },
+           [&](__m512 some, int64_t at) { _mm512_storeu_ps(to + at, some); });
+}
+
 // Per block of 64: to[k] += from[shuffled(k)].
 inline void add_unshuffled_lanes(const float *from, int64_t n, float *to) {
-  for (int64_t j = 0; j < n; j += BLOCK, from += BLOCK) {
-    __m512 v[4];
-    for (int k = 0; k < 4; k++) v[k] = _mm512_loadu_ps(from + 16 * k);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; k++, to += 16) {
-      const __m512i at = _mm512_add_epi32(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 19, 3, 18, 2, 17, 1, 16, 0), _mm512_set1_epi32(4 * k));
-      const __m512 front = _mm512_permutex2var_ps(v[0], at, v[1]), back = _mm512_permutex2var_ps(v[2], at, v[3]);
-      const __m512 more = _mm512_insertf32x8(front, _mm512_castps512_ps256(back), 1);
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
-    }
-  }
+  const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 19, 3, 18, 2, 17, 1, 16, 0);
+  in_order(from, n, [&](int k) { return _mm512_add_epi32(first, _mm512_set1_epi32(4 * k)); },
+           [&](__m512 some, int64_t at) { _mm512_storeu_ps(to + at, _mm512_add_ps(_mm512_loadu_ps(to + at), some)); });
 }
 
 }  // namespace

@@ -133,13 +133,13 @@ class Sketch:
             directions: as `Known.directions`.
         """
         u = directions[:, : self.d_model].double().t()
+        true = [block.nan_to_num(0.0, 0.0, 0.0).double() @ u for block in weight.split(BLOCK_NEURONS)]
         codes, steps = {}, {}
         for bits in range(4, self.bits + 1):
             rough = self.with_bits(bits)
             parts = [
-                block.nan_to_num(0.0, 0.0, 0.0).double() @ u
-                - rough.dequantize(i * BLOCK_NEURONS, (i + 1) * BLOCK_NEURONS).double() @ u
-                for i, block in enumerate(weight.split(BLOCK_NEURONS))
+                products - rough.dequantize(i * BLOCK_NEURONS, (i + 1) * BLOCK_NEURONS).double() @ u
+                for i, products in enumerate(true)
             ]
             codes[bits], steps[bits] = encode(torch.where(self.norm.isfinite().unsqueeze(-1), torch.cat(parts), 0.0))
         return dataclasses.replace(self, known=Known(directions, codes, steps))
