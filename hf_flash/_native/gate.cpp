@@ -354,11 +354,12 @@ struct Undecided {
   float score, squares, sure;
 };
 
-// Every third line first: told of lines in order, a core fetches more than those.
+// What all bits of a neuron need besides. Every third line first: told of lines in order, a core fetches more than those.
 template <int BITS> INLINE void fetch_planes(const Sketch *s, int64_t i) {
   for (int p = 0; p < BITS - 4; p++)
     for (int64_t first = 0; first < 24; first += 8)
       for (int64_t g = first; g < s->groups; g += 24) fetch(s->planes[p] + i * s->groups + g);
+  if (s->known) fetch(s->known->all + i * N_DIRECTIONS), fetch(s->known->all_step + i);
 }
 
 // The scan of one token in whole numbers, codes of 4 bits times inputs of 16, which AVX512-VNNI sums four at a time. Most
