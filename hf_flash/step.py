@@ -48,7 +48,7 @@ class _Step(ctypes.Structure):
         *[(name, _P) for name in ("escapes_start", "escapes", *native.BIAS_FIELDS)],
         *[(name, _I) for name in ("n_wanted", "n_read", "n_bytes", "n_reads", "n_fired")],
         *[(name, _I) for name in ("n_early", "n_early_right", "early_bytes")],
-        *[(name, _D) for name in ("gate_s", "early_s", "here_s", "wait_s", "ffn_s")],
+        *[(name, _D) for name in ("gate_s", "early_s", "here_s", "wait_s", "ffn_s", "early_begun")],
         *[(name, _P) for name in ("ids", "who", "slots", "early_ids", "spare", "marks", "near", "list")],
         *[(name, _I) for name in ("n_here", "n_spare", "spare_time", "spare_left")], ("counters", Counters),
     ]  # fmt: skip
@@ -197,7 +197,7 @@ class NativeStep:
         """Tell who records where the time of the last step went, if that was traced and not told."""
         traced, self._traced, s = self._traced, None, self._s
         if traced is not None:
-            times = s.gate_s, s.early_s, s.here_s, s.wait_s, s.ffn_s
+            times = s.gate_s, s.early_begun, s.early_s, s.here_s, s.wait_s, s.ffn_s
             recorder.add_later(self._spans, *traced, *times, s.n_wanted, s.n_reads, s.n_bytes if s.n_read else 0)
 
     @property
@@ -257,25 +257,25 @@ class NativeStep:
         return error
 
     def _spans(
-        self, track: int, begun: float, stop: float, gate_s: float, early_s: float, here_s: float, wait_s: float,
-        ffn_s: float, n_wanted: int, n_reads: int, n_bytes: int,
+        self, track: int, begun: float, stop: float, gate_s: float, early_begun: float, early_s: float, here_s: float,
+        wait_s: float, ffn_s: float, n_wanted: int, n_reads: int, n_bytes: int,
     ) -> list[Span]:  # fmt: skip
         """The spans of a step, from the times that it noted."""
         computing, path = stop - ffn_s, self._layer.path
         waiting = computing - wait_s
-        here, guessing = waiting - here_s, begun + gate_s
+        here = waiting - here_s
 
         def span(name: str, start: float, stop: float, **args: Any) -> Span:
             return Span(name, start, stop, path, track, args)
 
         found = [
             span(trace.GATE_SCAN, begun, begun + gate_s, native=True, wanted=n_wanted),
-            span(trace.SUBMIT, guessing + early_s, here, native=True, reads=n_reads),
+            span(trace.SUBMIT, begun + gate_s, here, native=True, reads=n_reads),
             span(trace.WAIT, waiting, computing),
             span(trace.ARITHMETIC, computing, stop, native=True, neurons=n_wanted),
         ]
-        if early_s:
-            found.append(span(trace.EARLY, guessing, guessing + early_s, native=True))
+        if early_s:  # while other cores compute: what is in DRAM, or the next layer's attention
+            found.append(span(trace.EARLY, early_begun, early_begun + early_s, native=True))
         if here_s:
             found.append(span(trace.ARITHMETIC, here, waiting, native=True))
         if n_bytes:

@@ -31,7 +31,9 @@ struct Sum;
 // What a step leaves to be done while others compute: step.cpp.
 struct Chores {
   Step *step = nullptr;  // null: nothing
-  int64_t n_guessed = 0, n_taken = 0;
+  bool looks = false;    // guess what the layer behind will want, and read it
+  int dtype = 0;
+  int64_t n_taken = 0;
 };
 
 extern "C" {

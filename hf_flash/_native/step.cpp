@@ -49,6 +49,7 @@ struct Step {  // step.py has the same fields in the same order
   // What was found.
   int64_t n_wanted, n_read, n_bytes, n_reads, n_fired, n_early, n_early_right, early_bytes;
   double gate_s, early_s, here_s, wait_s, ffn_s;  // here_s: what of the FFN needs nothing from flash
+  double early_begun;                             // as of now()
   // Scratch.
   int64_t *ids;          // [n]: the wanted ones, sorted
   int64_t *who, *slots;  // [n]: the same, those in DRAM first, and where they are
@@ -339,17 +340,27 @@ int64_t scan(Step *s, const float *x, int64_t T, int dtype, int64_t *ids, const 
                        s->marks, s->upper_tail, list ? nullptr : s->near, list, found, arg);
 }
 
-// Guess what the layer behind will likely want: `early_ids` of that; returns how many. x [d] is this layer's input: the
-// layer behind norms nearly the same residual stream.
-int64_t guess(Step *s, const float *x, int dtype) {
+// What the layer behind is guessed to be given; its thread's until the chores are done.
+std::vector<float> &guessed_input() {
+  static thread_local std::vector<float> kept;
+  return kept;
+}
+
+// x [d] is this layer's input: the layer behind norms nearly the same residual stream.
+void guess_input(const Step *s, const std::vector<float> &x) {
+  std::vector<float> &input = guessed_input();
+  input.resize(x.size());
+  for (size_t j = 0; j < x.size(); j++) input[j] = x[j] * s->scale[j] + s->shift[j];
+}
+
+// Guess what the layer behind will likely want: `early_ids` of that; returns how many.
+int64_t guess(Step *s, int dtype) {
   Step *to = s->next;
   if (to->early) return 0;  // somebody was stopped in the middle: its own step tidies up
-  const double begun = now();
-  std::vector<float> input(static_cast<size_t>(s->d));
-  for (size_t j = 0; j < input.size(); j++) input[j] = x[j] * s->scale[j] + s->shift[j];
+  const double begun = s->early_begun = now();
   const int64_t n_list = nearest(to);
   for (int64_t k = 0; k < n_list; k++) to->marks[to->list[k]] = 0;
-  const int64_t n = scan(to, input.data(), 1, dtype, to->early_ids, to->list, n_list, nullptr, nullptr);
+  const int64_t n = scan(to, guessed_input().data(), 1, dtype, to->early_ids, to->list, n_list, nullptr, nullptr);
   s->early_s = now() - begun;
   return n;
 }
@@ -377,23 +388,26 @@ void read_ahead(Step *s, int64_t n) {
   s->n_early = static_cast<int64_t>(neurons.size());
 }
 
-// What the calling thread does while others compute already: reads for the layer behind, this step's books, and the next
-// one's slots.
+// What the calling thread does while others compute already: a guess and reads for the layer behind, this step's books, and
+// the next one's slots.
 void do_chores(const Chores &c) {
   Step *s = c.step;
-  if (c.n_guessed) read_ahead(s->next, c.n_guessed);
+  if (c.looks) {
+    const int64_t n = guess(s, c.dtype);
+    if (n) read_ahead(s->next, n);
+  }
   for (int64_t i = 0; i < s->n_wanted; i++) use(s, s->ids[i]);
   set_aside(s, s->state[CLOCK] + 1, c.n_taken);
 }
 
 // What is in DRAM is computed on while the rest is read.
-int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, int64_t n_guessed, const Ahead *ahead,
-                     void *y, bool *signalled, Chores *later) {
+int compute_and_wait(Step *s, const std::vector<float> &x, int64_t T, int dtype, bool looks, const Ahead *ahead, void *y,
+                     bool *signalled, Chores *later) {
   std::vector<float> out(static_cast<size_t>(T * s->d_out), 0.0f);
   struct {
     Chores todo;
     double spent;
-  } chores{{s, n_guessed, s->n_read + s->n_early}, 0.0};
+  } chores{{s, looks, dtype, s->n_read + s->n_early}, 0.0};
   const auto run = [](void *who) {
     auto *mine = static_cast<decltype(chores) *>(who);
     const double begun = now();
@@ -459,8 +473,9 @@ int hf_flash_step(Step *s, const void *x, int64_t T, int dtype, void *y, int loo
   coming.insert(coming.end(), meanwhile.missing.begin(), meanwhile.missing.end());
   std::sort(coming.begin(), coming.end());
   sort_out(s, coming);
-  const int64_t n_guessed = looks && s->next && T == 1 ? guess(s, x32.data(), dtype) : 0;
-  return compute_and_wait(s, x32, T, dtype, n_guessed, ahead, y, signalled, later);
+  const bool guesses = looks && s->next && T == 1;
+  if (guesses) guess_input(s, x32);
+  return compute_and_wait(s, x32, T, dtype, guesses, ahead, y, signalled, later);
 }
 
 void hf_flash_chores(const Chores *chores) { do_chores(*chores); }
