@@ -4,7 +4,8 @@
   an untied model (one row). At best all of `memory` holds weights; the rest is read for every token.
 - Our own run: what it truly read per token, and what it truly had to touch: the resident matrices in the bits that it
   keeps them in, the upper four bits of the sketches, their other bits where a neuron was wanted (they decide for some
-  that were not, too, which nobody counts), and the rows of the neurons that it wanted.
+  that were not, too, which nobody counts), the rows of the neurons that it wanted, and the keys and values of the
+  tokens before it.
 
 Reading and computing can overlap, so a floor is the larger of the two terms.
 """
@@ -58,7 +59,7 @@ def lossless(model_dir: str | Path, memory: int, speeds: dict[str, float]) -> di
 def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) -> dict[str, float]:
     """The floor of what hf_flash read and touched in a run (its counters are those of decoding alone)."""
     stats = row["stats"]
-    resident = stats["resident_bytes"]
+    resident = stats["resident_bytes"] + kv_bytes(spec["model_dir"]) * (len(spec["ids"]) + spec["n_tokens"] / 2)
     flash = sum(f.stat().st_size for f in Path(spec["converted_dir"]).glob("flash-*.safetensors"))
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`
@@ -66,6 +67,14 @@ def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) ->
     share = wanted / stats["n_tokens"] / spec["n_neurons"]
     looked_at = looked_at_bytes(sketches, stats["gate_bits"], share)
     return floor(row["read_bytes_per_token"], resident + looked_at + flash * share, speeds)
+
+
+def kv_bytes(model_dir: str | Path) -> int:
+    """Bytes of a token's keys and values, of all layers, in bfloat16; from config.json."""
+    config = json.loads((Path(model_dir) / "config.json").read_text())
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    head = config.get("head_dim") or width // heads
+    return 2 * 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * int(head)
 
 
 def n_neurons(model_dir: str | Path) -> int:

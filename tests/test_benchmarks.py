@@ -154,13 +154,17 @@ def test_floors_count_what_a_token_needs(helpers: tuple[ModuleType, ModuleType],
     assert floors.n_neurons(opt) == 4 * 256
     (tmp_path / "flash").mkdir()
     (tmp_path / "flash" / "flash-00001-of-00001.safetensors").write_bytes(bytes(1024 * 256))
-    spec = {"model_dir": opt, "converted_dir": tmp_path / "flash", "n_neurons": 1024}
+    spec = {
+        "model_dir": opt, "converted_dir": tmp_path / "flash", "n_neurons": 1024, "ids": [5, 6, 7], "n_tokens": 4,
+    }  # fmt: skip
     stats = {"sketch_bytes": 625, "gate_bits": 6, "resident_bytes": 5000, "neurons_wanted": 30, "n_tokens": 3}
     row = {"read_bytes_per_token": 5e5, "stats": stats}
     # Of 6 1/4 bits a weight all are looked at for their upper 4 1/4, wanted neurons for the other 2.
-    assert floors.ours(spec, row, speeds)["touched_bytes"] == pytest.approx(5000 + 425 + 200 * 10 / 1024 + 10 * 256)
+    kv = 5 * 4 * 2 * 64 * 2  # of 3 tokens, and on average 2 of those that follow: 4 layers, keys and values, bfloat16
+    touched = 5000 + 425 + 200 * 10 / 1024 + 10 * 256 + kv
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == pytest.approx(touched)
     stats["sketch_bytes"] = 0
-    assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1024 * 256
+    assert floors.ours(spec, row, speeds)["touched_bytes"] == 5000 + 1024 * 256 + kv
 
 
 def test_rotary_rows_go_from_halves_to_pairs(helpers: tuple[ModuleType, ModuleType]) -> None:
