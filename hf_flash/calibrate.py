@@ -109,7 +109,8 @@ def calibrate(
 
     Args:
         model: a flash checkpoint folder, or with `output` also a stock folder or Hub repo, which is repacked first.
-        text: a UTF-8 file like what the model will read; or its token ids, [n_sequences, length] int64.
+        text: a UTF-8 file like what the model will read; or its token ids, [n_sequences, length] int64, of a
+            length of 512 at most.
         output: folder for the calibrated checkpoint; by default `model` itself, in place.
         gate: "certified" to learn what is usual and train no predictors, which takes a few passes of the text's tokens
             and no more; "predicted" or None for both.
@@ -254,10 +255,9 @@ def _never_silent(preview: Preview) -> bool:
 
 def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
     if isinstance(text, torch.Tensor):
-        if text.dim() != 2 or text.numel() < MIN_TOKENS:
-            raise FlashConfigError(
-                f"Token ids of shape {tuple(text.shape)}: expected [n_sequences, length], {MIN_TOKENS} or more."
-            )
+        assert preview.config.context is not None
+        known = preview.skeleton.config.get_text_config(decoder=True).vocab_size
+        _check_ids(text, known, min(preview.config.context, max_tokens))
         return text[: max_tokens // text.shape[1]]
     tokenizer = load_tokenizer(str(folder), instead="Put the model's there.", trust_remote_code=trust_remote_code)
     assert preview.config.context is not None
@@ -267,6 +267,25 @@ def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust
             f"{text} has {ids.numel()} tokens: too few, {MIN_TOKENS} are the least, 50,000 are better. Give more text."
         )
     return ids
+
+
+def _check_ids(ids: torch.Tensor, n_known: int, longest: int) -> None:
+    """Refuse token ids that the model cannot be given, or that there is no room for."""
+    if ids.dim() != 2 or ids.numel() < MIN_TOKENS or ids.dtype not in (torch.int32, torch.int64):
+        raise FlashConfigError(
+            f"Token ids of shape {tuple(ids.shape)}, {str(ids.dtype).removeprefix('torch.')}: expected whole numbers "
+            f"[n_sequences, length], {MIN_TOKENS} or more."
+        )
+    if ids.shape[1] > longest:
+        raise FlashConfigError(
+            f"Sequences of {ids.shape[1]} token ids: {longest} are the most that a pass takes. Give shorter ones: "
+            f"ids.unfold(1, {longest}, {longest}).flatten(0, 1)."
+        )
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= n_known:
+        raise FlashConfigError(
+            f"Token ids from {least} to {most}, but the model knows 0 to {n_known - 1}: are they of its tokenizer?"
+        )
 
 
 def _work(folder: Path, preview: Preview, text: str, ids: torch.Tensor) -> Path:

@@ -174,8 +174,18 @@ def test_what_calibration_cannot_do_is_refused(flash_folder: Path, text: Path) -
         hf_flash.calibrate(flash_folder, text, gate="all", **QUICK)
     with pytest.raises(FlashConfigError, match="leave one of them out"):
         hf_flash.calibrate(flash_folder, text, gate="certified", lookahead=True, **QUICK)
-    with pytest.raises(FlashConfigError, match=r"shape \(3, 5\): expected \[n_sequences, length\]"):
-        hf_flash.calibrate(flash_folder, torch.zeros(3, 5, dtype=torch.int64), **QUICK)
+    for ids, why in (
+        (
+            torch.zeros(3, 5, dtype=torch.int64),
+            r"shape \(3, 5\), int64: expected whole numbers \[n_",
+        ),
+        (torch.zeros(20, 128), r"float32: expected whole numbers"),
+        (torch.zeros(2, 4096, dtype=torch.int64), "Sequences of 4096 token ids: [0-9]+ are the most"),
+        (torch.full((20, 128), 10**6), "from 1000000 to 1000000, but the model knows 0 to [0-9]+: are they"),
+        (torch.full((20, 128), -1), "from -1 to -1"),
+    ):
+        with pytest.raises(FlashConfigError, match=why):
+            hf_flash.calibrate(flash_folder, ids, gate="certified", **QUICK)
 
 
 def test_in_place_and_again(calibrated: Path, text: Path, tmp_path: Path) -> None:
