@@ -16,6 +16,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from hf_flash.attach import kv_bytes
 from hf_flash.gates.certified import looked_at_bytes
 
 
@@ -59,22 +62,16 @@ def lossless(model_dir: str | Path, memory: int, speeds: dict[str, float]) -> di
 def ours(spec: dict[str, Any], row: dict[str, Any], speeds: dict[str, float]) -> dict[str, float]:
     """The floor of what hf_flash read and touched in a run (its counters are those of decoding alone)."""
     stats = row["stats"]
-    resident = stats["resident_bytes"] + kv_bytes(spec["model_dir"]) * (len(spec["ids"]) + spec["n_tokens"] / 2)
+    config = AutoConfig.from_pretrained(spec["model_dir"]).get_text_config(decoder=True)
+    n_before = len(spec["ids"]) + spec["n_tokens"] / 2
+    every_token = stats["resident_bytes"] + n_before * kv_bytes(config, 2)
     flash = sum(f.stat().st_size for f in Path(spec["converted_dir"]).glob("flash-*.safetensors"))
     sketches, wanted = stats["sketch_bytes"], stats["neurons_wanted"]
     if not sketches:  # gate `all`
-        return floor(row["read_bytes_per_token"], resident + flash, speeds)
+        return floor(row["read_bytes_per_token"], every_token + flash, speeds)
     share = wanted / stats["n_tokens"] / spec["n_neurons"]
     looked_at = looked_at_bytes(sketches, stats["gate_bits"], share)
-    return floor(row["read_bytes_per_token"], resident + looked_at + flash * share, speeds)
-
-
-def kv_bytes(model_dir: str | Path) -> int:
-    """Bytes of a token's keys and values, of all layers, in bfloat16; from config.json."""
-    config = json.loads((Path(model_dir) / "config.json").read_text())
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    head = config.get("head_dim") or width // heads
-    return 2 * 2 * config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * int(head)
+    return floor(row["read_bytes_per_token"], every_token + looked_at + flash * share, speeds)
 
 
 def n_neurons(model_dir: str | Path) -> int:

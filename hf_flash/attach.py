@@ -203,7 +203,7 @@ def demand_of(
     if config.gate == "auto":
         _say_what_lacks_sketches(model, [block for block in blocks if not geometry[block.path].sketch_bits])
     return Demand(
-        fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * _kv_bytes(text, size),
+        fixed_bytes=fixed, matrices=matrices, layers=layers, kv_bytes=tokens * kv_bytes(text, size),
         activation_bytes=_activations(model, blocks, config.batch_size)(tokens), tokenizer_bytes=vocab * 300,
         max_tokens=tokens, context=context, batch_size=config.batch_size,
     )  # fmt: skip
@@ -338,7 +338,7 @@ def _packed_bytes(shape: torch.Size) -> int:
     return max(n * (packed_bytes(size) + 4) + n * size // 128, most_bytes(n, size) if n % STRIPE else 0)
 
 
-def _kv_bytes(text: Any, size: int) -> int:
+def kv_bytes(text: Any, size: int) -> int:
     """Bytes of KV cache per token of one sequence."""
     n_layers = getattr(text, "num_hidden_layers", 0) or 0
     heads = getattr(text, "num_attention_heads", None) or 1

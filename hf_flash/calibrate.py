@@ -254,13 +254,12 @@ def _never_silent(preview: Preview) -> bool:
 
 
 def _token_ids(folder: Path, text: Any, preview: Preview, max_tokens: int, trust_remote_code: bool) -> torch.Tensor:
+    assert preview.config.context is not None
     if isinstance(text, torch.Tensor):
-        assert preview.config.context is not None
         known = preview.skeleton.config.get_text_config(decoder=True).vocab_size
         _check_ids(text, known, min(preview.config.context, max_tokens))
         return text[: max_tokens // text.shape[1]]
     tokenizer = load_tokenizer(str(folder), instead="Put the model's there.", trust_remote_code=trust_remote_code)
-    assert preview.config.context is not None
     ids = sequences(text, tokenizer, preview.config.context, max_tokens)
     if ids.numel() < MIN_TOKENS:
         raise FlashConfigError(

@@ -177,7 +177,7 @@ def test_what_calibration_cannot_do_is_refused(flash_folder: Path, text: Path) -
     for ids, why in (
         (
             torch.zeros(3, 5, dtype=torch.int64),
-            r"shape \(3, 5\), int64: expected whole numbers \[n_",
+            r"shape \(3, 5\), int64: expected whole numbers \[n_sequences, length\]",
         ),
         (torch.zeros(20, 128), r"float32: expected whole numbers"),
         (torch.zeros(2, 4096, dtype=torch.int64), "Sequences of 4096 token ids: [0-9]+ are the most"),
